@@ -31,8 +31,9 @@ RUN apt-get update \
 # How the later stages run it. Unchecked-hash bytecode: the default carries the files' times, which differ from build
 # to build; the hash seed fixes the order of constant sets in it.
 RUN printf 'export %s\n' "PATH=\$PATH:/opt/uv/bin" \
-    "UV_PROJECT_ENVIRONMENT=/opt/wake2vec UV_PYTHON=/usr/bin/python3 UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=copy" \
-    "UV_LOCKED=1 UV_NO_DEFAULT_GROUPS=1 PYTHONHASHSEED=0 PYC_INVALIDATION_MODE=UNCHECKED_HASH" >/opt/uv/settings
+    "UV_CACHE_DIR=/root/.cache/uv UV_PROJECT_ENVIRONMENT=/opt/wake2vec UV_PYTHON=/usr/bin/python3 UV_PYTHON_DOWNLOADS=never" \
+    "UV_LINK_MODE=copy UV_LOCKED=1 UV_NO_DEFAULT_GROUPS=1 PYTHONHASHSEED=0 PYC_INVALIDATION_MODE=UNCHECKED_HASH" \
+    >/opt/uv/settings
 
 # What a registry shows of each stack. `.ci/lock` writes these lines, a test reads them.
 FROM os AS stack-torch2.9-tf4.57

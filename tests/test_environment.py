@@ -1,10 +1,12 @@
 """The guard of versions: what moved is named, what is locked passes, and nothing of it needs torch."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
 
 from wake2vec.environment import Drift, check_same_stack, check_stack, compare, read_lock, stack, summary_block
 from wake2vec.errors import WakeError
@@ -129,13 +131,20 @@ def test_a_run_crosses_stacks_only_when_told(tmp_path: Path, locks: Path) -> Non
     assert check_same_stack(before.versions, after, allow=True) == changed
 
 
-def test_markers_choose_by_python_version(tmp_path: Path) -> None:
-    here, newer = f"3.{sys.version_info[1]}", f"3.{sys.version_info[1] + 1}"
-    markers = {"a": f">= '{here}'", "b": f"< '{here}'", "c": f">= '{newer}'", "d": f"< '{newer}'"}
+CLAUSES = [
+    f"python_full_version {operator} '3.{sys.version_info[1] + minor}'"
+    for operator in (">=", "<")
+    for minor in (-1, 0, 1)
+] + ["sys_platform == 'linux'", "sys_platform == 'win32'", "platform_python_implementation != 'PyPy'"]
+
+
+@pytest.mark.parametrize("clause", CLAUSES)
+@pytest.mark.parametrize("other", CLAUSES)
+def test_markers_choose_as_packaging_does(tmp_path: Path, clause: str, other: str) -> None:
+    marker = f"{clause} and {other} and platform_machine == '{platform.machine()}'"
     file = tmp_path / "list.txt"
-    lines = [f"{n}==1 ; python_full_version {m} and sys_platform == 'linux' \\\n" for n, m in markers.items()]
-    file.write_text("".join(lines))
-    assert read_lock(file) == {"a": "1", "d": "1"}
+    file.write_text(f"a==1 ; {marker} \\\n    --hash=sha256:{'0' * 64}\n")
+    assert bool(read_lock(file)) == Marker(marker).evaluate()
 
 
 def test_compare_is_empty_only_where_nothing_differs() -> None:

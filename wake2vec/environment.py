@@ -15,8 +15,9 @@ import importlib.util
 import platform
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import eq, ge, lt, ne
 from pathlib import Path
 from typing import Any
 
@@ -217,13 +218,21 @@ def main() -> int:
 
 
 def _applies(marker: str) -> bool:
-    """Evaluate the only kinds of marker the lists hold; the platform is the image's, checked by the Dockerfile."""
-    here = tuple(sys.version_info[:2])
+    """Evaluate an exported list's marker: conjunctions of comparisons with a literal."""
+    here = {
+        "implementation_name": sys.implementation.name,
+        "platform_machine": platform.machine(),
+        "platform_python_implementation": platform.python_implementation(),
+        "python_full_version": list(sys.version_info[:3]),
+        "sys_platform": sys.platform,
+    }
+    compared: dict[str, Callable[[Any, Any], bool]] = {"==": eq, "!=": ne, ">=": ge, "<": lt}
     for clause in filter(None, marker.split(" and ")):
-        match = re.fullmatch(r"python_full_version (>=|<) '(\d+)\.(\d+)'", clause)
-        if match and (here >= (int(match[2]), int(match[3]))) != (match[1] == ">="):
+        match = re.fullmatch(rf"({'|'.join(here)}) (==|!=|>=|<) '(.*)'", clause)
+        assert match, f"unknown marker: {clause}"
+        wanted = [int(part) for part in match[3].split(".")] if match[1] == "python_full_version" else match[3]
+        if not compared[match[2]](here[match[1]], wanted):
             return False
-        assert match or clause.startswith(("platform_machine ==", "sys_platform ==")), f"unknown marker: {clause}"
     return True
 
 
