@@ -49,6 +49,14 @@ LABEL wake2vec.torch="2.10.0" wake2vec.transformers="5.0.0" wake2vec.huggingface
 # hadolint ignore=DL3006
 FROM stack-${STACK} AS final
 ARG STACK
+WORKDIR /tmp/src
+RUN --mount=type=cache,target=/root/.cache/uv,sharing=locked \
+    --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
+    --mount=type=bind,source=pyproject.toml,target=/tmp/src/pyproject.toml \
+    --mount=type=bind,source=uv.lock,target=/tmp/src/uv.lock \
+    . /opt/uv/settings \
+ && uv sync --group "$WAKE2VEC_GROUP" --no-install-project --compile-bytecode \
+ && echo "$STACK" >/opt/wake2vec/wake2vec-stack
 # The plain Ubuntu base has none of the NVIDIA variables. The user may be any uid, even one without an entry: hence
 # HOME, USER, and the modes below, which a new volume takes over.
 ENV NVIDIA_VISIBLE_DEVICES=all \
@@ -61,34 +69,30 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     USER=wake2vec \
     HF_HOME=/cache/huggingface \
     HF_HUB_DISABLE_TELEMETRY=1 \
-    TRITON_CACHE_DIR=/cache/compiled/triton \
-    TORCHINDUCTOR_CACHE_DIR=/cache/compiled/inductor \
+    TRITON_CACHE_DIR=/cache/wake2vec/triton \
+    TORCHINDUCTOR_CACHE_DIR=/cache/wake2vec/inductor \
     MPLCONFIGDIR=/tmp/matplotlib \
+    WAKE2VEC_CACHE=/cache/wake2vec \
     WAKE2VEC_RUNS=/runs
 RUN groupadd --gid 10001 wake2vec \
  && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp --shell /bin/bash wake2vec \
- && mkdir -p /runs /data /cache/huggingface /cache/compiled \
+ && mkdir -p /runs /data /cache/huggingface /cache/wake2vec \
  && chown -R 10001:10001 /runs /cache \
- && chmod 1777 /runs /cache/huggingface /cache/compiled
-WORKDIR /tmp/src
-RUN --mount=type=cache,target=/root/.cache/uv,sharing=locked \
-    --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
-    --mount=type=bind,source=pyproject.toml,target=/tmp/src/pyproject.toml \
-    --mount=type=bind,source=uv.lock,target=/tmp/src/uv.lock \
-    . /opt/uv/settings \
- && uv sync --group "$WAKE2VEC_GROUP" --no-install-project --compile-bytecode \
- && echo "$STACK" >/opt/wake2vec/wake2vec-stack
+ && chmod 1777 /runs /cache/huggingface /cache/wake2vec
 COPY --chmod=755 entrypoint.sh deploy/healthcheck.py /usr/local/bin/
-RUN --mount=type=cache,target=/root/.cache/uv,sharing=locked \
-    --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
+# Without uv's cache: it would take an older build of this package for the new one, as it looks at pyproject.toml alone.
+# uv_cache.json holds the time of the build.
+RUN --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=pyproject.toml,target=/tmp/src/pyproject.toml \
     --mount=type=bind,source=uv.lock,target=/tmp/src/uv.lock \
     --mount=type=bind,source=README.md,target=/tmp/src/README.md \
     --mount=type=bind,source=LICENSE,target=/tmp/src/LICENSE \
     --mount=type=bind,source=wake2vec,target=/tmp/src/wake2vec \
     . /opt/uv/settings \
- && uv sync --group "$WAKE2VEC_GROUP" --no-editable \
+ && uv sync --no-cache --offline --group "$WAKE2VEC_GROUP" --no-editable \
  && python -m compileall -q --invalidation-mode unchecked-hash /opt/wake2vec/lib/python3*/site-packages/wake2vec \
+ && sed -i '/uv_cache.json/d' /opt/wake2vec/lib/python3*/site-packages/wake2vec-*.dist-info/RECORD \
+ && rm -f /opt/wake2vec/lib/python3*/site-packages/wake2vec-*.dist-info/uv_cache.json /opt/wake2vec/.lock /tmp/*.lock \
  && python -m wake2vec.environment
 # `data/` and `runs/` of a recipe are the volumes.
 WORKDIR /

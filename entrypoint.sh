@@ -13,7 +13,7 @@ refuse() {
 # Only the commands that write there; `doctor`, `report --help` and the like must not trip over it.
 case "${1:-} ${2:-}" in
 "wake2vec train" | "wake2vec fetch")
-    for folder in "$WAKE2VEC_RUNS" "$HF_HOME"; do
+    for folder in "$WAKE2VEC_RUNS" "$HF_HOME" "$WAKE2VEC_CACHE"; do
         [ -w "$folder" ] || refuse "$folder: user $(id -u):$(id -g) cannot write there, it belongs to \
 $(stat -c %u:%g "$folder" 2>/dev/null || echo nobody); mount a volume there, or start as the folder's owner \
 (WAKE2VEC_UID and WAKE2VEC_GID in .env), or chown the folder"
