@@ -1,7 +1,7 @@
 """What can go wrong, and who can mend it.
 
-    WakeError        the user can mend it: message without a traceback, exit code 1
-    Stopped          a signal asked the run to end: everything is saved, exit code 75
+WakeError        the user can mend it: message without a traceback, exit code 1
+Stopped          a signal asked the run to end: everything is saved, exit code 75
 """
 
 

@@ -1,0 +1,238 @@
+"""The frozen base model: which one exactly, its tokenizer, its body in 4 bits, its two tables.
+
+Shapes: B batch, T tokens, D hidden size, V tokens of the base tokenizer (rows past it are padding).
+"""
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wake2vec.errors import WakeError
+
+# transformers 5 loads shards asynchronously otherwise and can reserve far more GPU memory than it uses
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+# says at import that an optional CPU kernel, which it would fetch from the hub, is not there
+logging.getLogger("bitsandbytes.backends.utils").setLevel(logging.ERROR)
+
+_FOLDER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+_EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
+
+
+@dataclass(frozen=True)
+class BaseId:
+    """Which base model: where it is loaded from, and the commit or content hash that fixes it."""
+
+    name: str
+    source: str
+    commit: str
+
+    @property
+    def revision(self) -> str | None:
+        """Return what `from_pretrained` takes as its revision."""
+        return None if self.commit.startswith("sha256:") else self.commit
+
+
+def identify(name: str, source: str, commit: str | None) -> BaseId:
+    """Resolve a hub id or a folder to an exact base model; `commit` is the one a run holds to, if it has one.
+
+    Raises:
+        WakeError: it is not there, not to be had, or a folder's content is not what the run began with.
+    """
+    if Path(source).is_dir():
+        found = f"sha256:{_hash_folder(Path(source))}"
+        if commit not in (None, found):
+            raise WakeError(f"base model {name}: its files changed (now {found}, the run has {commit}); put them back")
+        return BaseId(name, source, found)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise WakeError(f"base model {name}: no such folder; check model.base (working directory {Path.cwd()})")
+    return BaseId(name, source, _resolve_on_hub(name, commit))
+
+
+def _hash_folder(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise WakeError(f"base model {folder}: has no config.json; give a folder in Hugging Face format")
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _FOLDER_FILES for path in folder.glob(pattern)}):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _resolve_on_hub(name: str, commit: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=commit)).parent.name
+    except HFValidationError:
+        raise WakeError(f"base model {name}: neither a hub id nor a folder; check model.base") from None
+    except GatedRepoError:
+        raise WakeError(f"base model {name}: gated; accept its licence on the hub and set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise WakeError(f"base model {name}: commit {commit} is not on the hub any more; start another run") from None
+    except RepositoryNotFoundError:
+        raise WakeError(f"base model {name}: not on the hub, or private; check model.base and HF_TOKEN") from None
+    except LocalEntryNotFoundError:
+        raise WakeError(
+            f"base model {name}: not in the cache and the hub cannot be reached; connect, or fetch it beforehand"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise WakeError(f"base model {name}: the hub did not give it ({error}); try again") from None
+
+
+def load_tokenizer(base: BaseId) -> Any:
+    """Return the base model's own fast tokenizer."""
+    _quieten()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base.source, revision=base.revision)
+    except (OSError, ValueError) as error:
+        raise WakeError(f"base model {base.name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """A loaded base model; nothing in it is ever trained.
+
+    Attributes:
+        causal_lm: the transformers model, in training mode without dropout (checkpointing asks for the mode).
+        body: its decoder with the final norm, `inputs_embeds` to hidden states.
+        table_VD: input rows; `head_VD`: output rows, the same tensor where `tied`; both cut to V.
+        softcap: bound of the final logits (Gemma 2) or None.
+    """
+
+    causal_lm: Any
+    body: nn.Module
+    table_VD: Tensor
+    head_VD: Tensor
+    tied: bool
+    softcap: float | None
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the body lies."""
+        return self.head_VD.device
+
+    def hidden(self, embeds_BTD: Tensor) -> Tensor:
+        """Return the normed hidden states BTD."""
+        hidden_BTD: Tensor = self.body(inputs_embeds=embeds_BTD, use_cache=False).last_hidden_state
+        return hidden_BTD
+
+
+def load(base: BaseId, vocab_size: int, *, quantization: str, compute_dtype: str, device: torch.device) -> FrozenBase:
+    """Load a base model; `vocab_size` is the length of its tokenizer.
+
+    Raises:
+        WakeError: it cannot be loaded, or its head is of a kind that the loss does not compute.
+    """
+    _quieten()
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, compute_dtype)
+    options: dict[str, Any] = {}
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        config = AutoConfig.from_pretrained(base.source, revision=base.revision)
+        attention = "eager" if config.model_type in _EAGER_ATTENTION else "sdpa"
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            base.source,
+            revision=base.revision,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attention,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise WakeError(f"base model {base.name}: cannot be loaded ({_first_line(error)})") from None
+    frozen = freeze(causal_lm, vocab_size, base.name)
+    _check_head(frozen, base.name)
+    return frozen
+
+
+def freeze(causal_lm: Any, vocab_size: int, name: str) -> FrozenBase:
+    """Take a transformers model apart; its parameters stop training and its dropout is off."""
+    causal_lm.requires_grad_(False)
+    causal_lm.train()
+    for module in causal_lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights in place at the first evaluation, for a kernel without a backward
+            module.support_avx512bf16_for_cpu = False
+    table, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise WakeError(f"base model {name}: its output head is not a plain matrix; use another model")
+    if table.weight.shape[0] < vocab_size:
+        raise WakeError(
+            f"base model {name}: its table has {table.weight.shape[0]} rows, its tokenizer {vocab_size} tokens; "
+            "tokenizer and model do not belong together"
+        )
+    return FrozenBase(
+        causal_lm=causal_lm,
+        body=causal_lm.base_model,
+        table_VD=table.weight.detach()[:vocab_size],
+        head_VD=head.weight.detach()[:vocab_size],
+        tied=head.weight is table.weight or head.weight.data_ptr() == table.weight.data_ptr(),
+        softcap=getattr(causal_lm.config, "final_logit_softcapping", None),
+    )
+
+
+@torch.no_grad()
+def _check_head(base: FrozenBase, name: str) -> None:
+    """Compare the logits as the loss computes them with the model's own: a scaled or biased head would show."""
+    from wake2vec.loss import logits
+
+    ids_BT = torch.arange(8, device=base.device)[None]
+    expected_BTV = base.causal_lm(input_ids=ids_BT, use_cache=False).logits[..., : len(base.head_VD)].float()
+    hidden_BTD = base.hidden(base.table_VD[ids_BT])
+    no_rows_ND = base.head_VD.new_zeros(0, base.head_VD.shape[1])
+    ours_MV = logits(hidden_BTD.flatten(0, 1), base.head_VD, no_rows_ND, softcap=base.softcap).float()
+    difference = (ours_MV - expected_BTV.flatten(0, 1)).abs().max() / expected_BTV.abs().max()
+    # two kernels may round a bfloat16 logit differently; a head of another kind is off by far more
+    if not difference < 2e-2:
+        raise WakeError(
+            f"base model {name}: its logits differ from a plain head's by {difference:.2g}; use another model"
+        )
+
+
+def fingerprint(base: FrozenBase) -> str:
+    """Return a hash over every parameter, buffer and quantisation state of the base, to prove that none changed."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(base.causal_lm.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _quieten() -> None:
+    """Keep transformers' progress bars and load reports off the terminal: the console has its own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

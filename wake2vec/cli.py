@@ -1,0 +1,197 @@
+"""The `wake2vec` command."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from wake2vec import __version__, config, console, rundir
+from wake2vec.errors import Stopped, WakeError
+
+DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
+
+app = typer.Typer(
+    help="Teach a frozen causal language model new words, reproducibly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunsOption = Annotated[Path, typer.Option("--runs", envvar="WAKE2VEC_RUNS", help="The folder where runs lie.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"wake2vec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _wake2vec(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a TOML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a key; the value in TOML. Repeatable."),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--run", metavar="NAME", envvar="WAKE2VEC_RUN", help="The run's name; by default the recipe's."),
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    allow_stack_change: Annotated[
+        bool, typer.Option("--allow-stack-change", help="Continue a run begun under other versions, on record.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a run, continue it where it stopped, or report it as done."""
+    recipe_name, parsed = config.load_recipe(recipe, overrides or [])
+    run = rundir.new_run(runs, name or recipe_name)
+    from wake2vec.environment import check_stack
+    from wake2vec.train import train as train_run
+
+    check_stack()
+    with console.TrainConsole() as shown:
+        records = train_run(parsed, run, shown, allow_stack_change=allow_stack_change or None)
+    _show_result(run, records, as_json)
+
+
+def _show_result(run: rundir.RunDir, records: list[dict[str, Any]], as_json: bool) -> None:
+    def last(key: str) -> float:
+        return float([record[key] for record in records if key in record][-1])
+
+    before = next(record["val/bits_per_char"] for record in records if "val/bits_per_char" in record)
+    result = {
+        "run": str(run.path),
+        "step": records[-1]["step"],
+        "val/bits_per_char": {
+            "before": before,
+            "after": last("val/bits_per_char"),
+            "base": last("base/bits_per_char"),
+            "shuffled": last("control/bits_per_char"),
+        },
+    }
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    names = {
+        "before": "new rows as they started",
+        "after": "new rows as trained",
+        "base": "base model with its own tokenizer",
+        "shuffled": "trained rows shuffled among the words",
+    }
+    rows = [[names[key], f"{value:.4f}"] for key, value in result["val/bits_per_char"].items()]
+    console.print_table(f"{run.path}: held-out text after step {result['step']}", ["", "bits/char"], rows)
+
+
+@app.command()
+def sentries(
+    name: RunArgument,
+    imports: Annotated[
+        list[Path] | None,
+        typer.Option("--import", metavar="FILE", help="Take rows from a .pt of the earlier scripts. Repeatable."),
+    ] = None,
+    to_pt: Annotated[
+        int | None, typer.Option("--to-pt", metavar="STEP", help="Write a sentry as the earlier scripts' fp16 .pt.")
+    ] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove sentries that the recipe would not keep.")] = False,
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """List a run's sentries, each read back against its hash; import, convert or prune them."""
+    run = rundir.find_run(runs, name)
+    from wake2vec import keeping
+
+    for path in imports or []:
+        typer.echo(keeping.import_pt(run, path), err=True)
+    if to_pt is not None:
+        typer.echo(keeping.export_pt(run, to_pt), err=True)
+    if prune:
+        typer.echo(keeping.prune(run), err=True)
+    listed = keeping.list_sentries(run)
+    if as_json:
+        typer.echo(json.dumps(listed))
+        return
+    rows = [
+        [
+            entry["file"],
+            "" if entry["step"] is None else str(entry["step"]),
+            "" if entry["val_loss_nats"] is None else f"{entry['val_loss_nats']:.4f}",
+            f"{entry['size_bytes'] / 2**20:.1f}",
+            _age(entry["saved_unix_s"]),
+            entry["state"],
+        ]
+        for entry in listed
+    ]
+    console.print_table(f"{run.path}", ["sentry", "step", "val nats", "MiB", "age", "state"], rows)
+
+
+def _age(saved_unix_s: float) -> str:
+    seconds = max(0.0, time.time() - saved_unix_s)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def main() -> NoReturn:
+    """Run the command; exit 0 done, 1 the user can mend it, 2 usage, 70 a bug, 75 stopped with everything saved."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return int(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except WakeError as error:
+        return _fail(str(error))
+    except (Stopped, KeyboardInterrupt, click.Abort):
+        return STOPPED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except OSError as error:
+        if error.filename is None:
+            return _bug()
+        return _fail(f"{error.filename}: {error.strerror}; check the disk, its space and the file's owner")
+    except Exception:  # the one place where every exception ends
+        return _bug()
+    return DONE
+
+
+def _fail(message: str) -> int:
+    print(f"wake2vec: {message}", file=sys.stderr)
+    return USER
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    print(
+        "wake2vec: this is a bug, not your mistake; nothing saved is lost. Please report the lines above.",
+        file=sys.stderr,
+    )
+    return BUG

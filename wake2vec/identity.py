@@ -1,0 +1,203 @@
+"""What makes a run the run it is: its inputs, read and hashed, and `run.json`."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from wake2vec import demo, tokens
+from wake2vec.base import BaseId, identify, load_tokenizer
+from wake2vec.config import Recipe
+from wake2vec.data import Blocks, join_blocks, make_blocks, read_text, split_text
+from wake2vec.environment import StackReport, check_same_stack
+from wake2vec.errors import WakeError
+from wake2vec.lexicon import read_words
+from wake2vec.rundir import RunDir, read_json, write_json
+
+FORMAT = 1
+_DEMO = "demo:"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads but the base model's weights.
+
+    Attributes:
+        train_blocks: the text that is trained on, then the lexicon.
+        val_blocks: the held-out text; `base_val_blocks`: the same text by the base model's own tokenizer.
+        tokenizer_sha256: of the tokenizer as this stack builds it; two stacks may build it differently and still cut
+            the text alike, so that `blocks_sha256` is what a run holds to.
+        identity: the resolved recipe and the hashes of all of it.
+    """
+
+    base: BaseId
+    words: tokens.WakeTokens
+    base_tokenizer: Any
+    tokenizer_sha256: str
+    train_blocks: Blocks
+    val_blocks: Blocks
+    base_val_blocks: Blocks
+    identity: dict[str, Any]
+
+    @property
+    def base_vocab_size(self) -> int:
+        """Return the number of tokens of the base tokenizer, which is the first new id."""
+        return self.words.first_new_id
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Return the number of new words."""
+        return len(self.words.words)
+
+
+def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) -> Inputs:
+    """Read and check the text, the lexicon and the tokenizer; `commit` is the base commit a run holds to.
+
+    Raises:
+        WakeError: something is missing or of no use.
+    """
+    text = read_text(_locate(recipe.data.text, say))
+    lexicon = read_words(_locate(recipe.tokens.lexicon, say))
+    base = identify(recipe.model.base, str(_locate(recipe.model.base, say)), commit)
+    base_tokenizer = load_tokenizer(base)
+    words = tokens.add_words(base_tokenizer, lexicon, recipe.tokens.match)
+    split = split_text(text, recipe.train.val_fraction, recipe.train.seed)
+
+    def cut(part: str, tokenizer: Any) -> Blocks:
+        return make_blocks(*tokens.encode(tokenizer, part), recipe.data.seq_len, tokens.bos_id(tokenizer))
+
+    train_text_blocks = cut(split.train_text, words.tokenizer)
+    val_blocks = cut(split.val_text, words.tokenizer)
+    if train_text_blocks.num_scored < recipe.data.seq_len or not val_blocks.num_scored:
+        raise WakeError(
+            f"text {recipe.data.text}: {train_text_blocks.num_scored} tokens to train on and {val_blocks.num_scored} "
+            f"held out, less than one block of {recipe.data.seq_len}; give a longer text or a smaller data.seq_len"
+        )
+    train_blocks = join_blocks(train_text_blocks, cut("\n".join(lexicon), words.tokenizer))
+    identity = {
+        "recipe": recipe.model_dump(),
+        "base": {"name": base.name, "commit": base.commit},
+        "lexicon_sha256": _sha256("\n".join(lexicon)),
+        "text_sha256": _sha256(text),
+        "split": {"sha256": split.sha256, "val_chars": len(split.val_text), "train_chars": len(split.train_text)},
+        "blocks_sha256": _sha256(train_blocks.ids_KT.numpy().tobytes() + val_blocks.ids_KT.numpy().tobytes()),
+        "seed": recipe.train.seed,
+        "base_vocab_size": words.first_new_id,
+        "num_new_tokens": len(words.words),
+        "num_train_blocks": len(train_blocks.ids_KT),
+        "num_known_words": len(words.known),
+    }
+    return Inputs(
+        base=base,
+        words=words,
+        base_tokenizer=base_tokenizer,
+        tokenizer_sha256=tokens.tokenizer_sha256(words.tokenizer),
+        train_blocks=train_blocks,
+        val_blocks=val_blocks,
+        base_val_blocks=cut(split.val_text, base_tokenizer),
+        identity=identity,
+    )
+
+
+def _locate(value: str, say: Callable[[str], None]) -> Path:
+    """Return the path a recipe's value means; `demo:` names a file of the demo, made at first use."""
+    if not value.startswith(_DEMO):
+        return Path(value)
+    cache = os.environ.get("WAKE2VEC_CACHE") or Path.home() / ".cache" / "wake2vec"
+    folder = Path(cache) / f"demo-python{sys.version_info.major}.{sys.version_info.minor}"
+    demo.prepare(folder, say)
+    return folder / value.removeprefix(_DEMO)
+
+
+def _sha256(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """Return the hash that every sentry of a run carries."""
+    return _sha256(json.dumps(identity, sort_keys=True, ensure_ascii=False))
+
+
+def read_run(run: RunDir) -> dict[str, Any] | None:
+    """Return run.json, or None where the run does not exist yet.
+
+    Raises:
+        WakeError: it is damaged or of another format.
+    """
+    if not run.identity.exists():
+        return None
+    record = read_json(run.identity)
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("identity"), dict):
+        raise WakeError(f"{run.identity}: not of format {FORMAT}; put back a copy of it, or use another --run")
+    if record.get("identity_sha256") != digest(record["identity"]):
+        raise WakeError(f"{run.identity}: its identity does not match its sha256; put back a copy of it")
+    return record
+
+
+def check_recipe(run: RunDir, record: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuse to continue a run under another recipe, naming every field that differs."""
+    recorded, given = _flat(record["identity"]["recipe"]), _flat(recipe.model_dump())
+    _refuse(run, {key: (recorded.get(key), given.get(key)) for key in {**recorded, **given}}, "the recipe has")
+
+
+def check_inputs(run: RunDir, record: Mapping[str, Any], inputs: Inputs) -> None:
+    """Refuse to continue a run on other inputs, naming everything that differs."""
+    recorded, found = _flat(record["identity"]), _flat(inputs.identity)
+    _refuse(run, {key: (recorded.get(key), found.get(key)) for key in {**recorded, **found}}, "now it is")
+
+
+def _refuse(run: RunDir, pairs: Mapping[str, tuple[Any, Any]], now: str) -> None:
+    changed = [f"{key}: the run has {a!r}, {now} {b!r}" for key, (a, b) in pairs.items() if a != b]
+    if changed:
+        raise WakeError(
+            f"run {run.name}: cannot continue, it was begun otherwise; put that back, or name another run with "
+            "--run\n  " + "\n  ".join(changed)
+        )
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def begin_record(run: RunDir, inputs: Inputs, stack: StackReport, version: str) -> dict[str, Any]:
+    """Write run.json for a new run and return it."""
+    record = {
+        "format": FORMAT,
+        "run": run.name,
+        "created": _now(),
+        "wake2vec": version,
+        "identity": inputs.identity,
+        "identity_sha256": digest(inputs.identity),
+        "tokenizer_sha256": inputs.tokenizer_sha256,
+        "stack": stack.as_dict(),
+        "history": [],
+    }
+    write_json(run.identity, record)
+    return record
+
+
+def check_stack_change(record: Mapping[str, Any], stack: StackReport, *, allow: bool | None) -> bool:
+    """Say whether the run crosses to other versions; refuse where that was not asked for."""
+    return bool(check_same_stack(record["stack"]["versions"], stack, allow=allow)) or (
+        record["stack"]["drift"] != stack.as_dict()["drift"]
+    )
+
+
+def note(run: RunDir, record: dict[str, Any], event: Mapping[str, Any], *, stack: dict[str, Any] | None = None) -> None:
+    """Put something that happened to a run on record; `stack` is what it goes on with, where that changed."""
+    record["history"].append({"at": _now(), **event})
+    if stack is not None:
+        record["stack"] = stack
+    write_json(run.identity, record)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat("T", "seconds")

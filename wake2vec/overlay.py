@@ -1,0 +1,40 @@
+"""Input embeddings: a frozen base table, with trained rows for the new words laid over it.
+
+Shapes: B batch, T tokens, D hidden size, V rows of the base table (padding rows included), N new rows.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class WakeOverlay(nn.Module):
+    """Look ids up in the base table, or in the trained rows where id >= first_new_id.
+
+    The base table is neither a parameter nor a buffer and is never copied: `state_dict()` holds the rows alone, and
+    `.to()` leaves the table where it is. It may lie in host memory while the rows are on the GPU; then pass `ids_BT`
+    on the host too, otherwise the look-up waits for the GPU to hand them over.
+    """
+
+    def __init__(self, base_VD: Tensor, rows_ND: nn.Parameter, first_new_id: int) -> None:
+        assert base_VD.shape[1] == rows_ND.shape[1], f"base {tuple(base_VD.shape)}, rows {tuple(rows_ND.shape)}"
+        assert 0 < first_new_id <= base_VD.shape[0], f"first new id {first_new_id} of {base_VD.shape[0]} base rows"
+        super().__init__()
+        # detach: a Parameter would be registered here, and so be moved, saved and counted as trainable.
+        self.base_VD = base_VD.detach()
+        self.rows_ND = rows_ND
+        self.first_new_id = first_new_id
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Return embeds_BTD in the base table's dtype, on the rows' device.
+
+        Ids are 0 .. first_new_id + N - 1. The rows' gradient is sparse, one entry for each token: an old token's
+        entry is exactly zero and names some row of no meaning (spread out, so that they do not all meet in one).
+        """
+        device = self.rows_ND.device
+        new_BT = ids_BT >= self.first_new_id
+        base_ids_BT = torch.where(new_BT, 0, ids_BT).to(self.base_VD.device)
+        base_BTD = functional.embedding(base_ids_BT, self.base_VD).to(device, non_blocking=True)
+        row_ids_BT = torch.where(new_BT, ids_BT - self.first_new_id, ids_BT % self.rows_ND.shape[0]).to(device)
+        rows_BTD = functional.embedding(row_ids_BT, self.rows_ND, sparse=True).to(base_BTD.dtype)
+        return torch.where(new_BT.to(device).unsqueeze(-1), rows_BTD, base_BTD)

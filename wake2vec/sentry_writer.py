@@ -1,0 +1,130 @@
+"""Writes sentries beside the training: the loop waits for a copy in memory, a thread does the rest."""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wake2vec import sentry
+from wake2vec.errors import WakeError
+from wake2vec.rundir import RunDir, make_folder
+
+
+class SentryWriter:
+    """One save at a time: a save that comes due while one is being written is skipped and counted.
+
+    A save that fails (a full disk) is reported and the run goes on; the next one tries again.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        keep_last: int,
+        keep_every: int,
+        before: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.run = run
+        self.saved_step: int | None = None
+        self.started_step: int | None = None
+        self.num_skipped = 0
+        self.problem: str | None = None
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._before = before
+        self._say = say
+        self._host: dict[str, Tensor] = {}
+        self._copied: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Say whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], *, snapshot: bool = False) -> bool:
+        """Start a save of the tensors as they are now; return False where it is skipped.
+
+        On a GPU the copy runs beside the next step: call `wait_for_copy` before the tensors change.
+        """
+        if self.busy:
+            self.num_skipped += 1
+            return False
+        self.wait()
+        self._copy(tensors)
+        self.started_step = header["step"]
+        self._thread = threading.Thread(target=self._write, args=(dict(header), snapshot), name="sentry")
+        self._thread.start()
+        return True
+
+    def wait_for_copy(self) -> None:
+        """Make the GPU wait for the copy of the save under way; the host goes on."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+    def wait(self) -> int | None:
+        """Wait for the save under way; return the step of the last one that succeeded."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.saved_step
+
+    def save_now(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], *, snapshot: bool = False) -> None:
+        """Save and wait.
+
+        Raises:
+            WakeError: it could not be written.
+        """
+        self.wait()
+        self.save(tensors, header, snapshot=snapshot)
+        self.wait()
+        if self.problem:
+            raise WakeError(self.problem)
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+        if not self._host:
+            self._host = {
+                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()
+            }
+            self._stream = torch.cuda.Stream() if on_gpu else None
+        if self._stream is None:
+            for name, tensor in tensors.items():
+                self._host[name].copy_(tensor.detach())
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for name, tensor in tensors.items():
+                self._host[name].copy_(tensor.detach(), non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def _write(self, header: dict[str, Any], snapshot: bool) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+        step = header["step"]
+        path = self.run.sentry(step)
+        try:
+            self._before()
+            make_folder(path.parent)
+            sentry.write(path, self._host, header)
+            sentry.verify(path)
+            sentry.retire(
+                self.run, keep_last=self._keep_last, keep_every=self._keep_every, best_step=header["best_step"]
+            )
+            self.saved_step, self.problem = step, None
+            if snapshot:
+                make_folder(self.run.snapshots)
+                rows = sentry.half_precision(self._host, [name for name in self._host if name.startswith("rows/")])
+                sentry.write(self.run.snapshot(step), rows, header)
+        except OSError as error:
+            self.problem = f"sentry of step {step}: not saved ({error.strerror}); free space on {self.run.path}"
+            self._say(self.problem)
+        except sentry.DamagedError as error:
+            path.unlink(missing_ok=True)
+            self.problem = f"sentry of step {step}: read back damaged ({error}); check the volume {self.run.path}"
+            self._say(self.problem)
