@@ -49,13 +49,14 @@ LABEL wake2vec.torch="2.10.0" wake2vec.transformers="5.0.0" wake2vec.huggingface
 # hadolint ignore=DL3006
 FROM stack-${STACK} AS final
 ARG STACK
+# From the stack's list, which is all that uv.lock says of it: a bump of the other stack leaves this layer alone.
 WORKDIR /tmp/src
 RUN --mount=type=cache,target=/root/.cache/uv,sharing=locked \
     --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
-    --mount=type=bind,source=pyproject.toml,target=/tmp/src/pyproject.toml \
-    --mount=type=bind,source=uv.lock,target=/tmp/src/uv.lock \
+    --mount=type=bind,source=wake2vec/locks/${STACK}.txt,target=/tmp/src/lock.txt \
     . /opt/uv/settings \
- && uv sync --group "$WAKE2VEC_GROUP" --no-install-project --compile-bytecode \
+ && uv venv /opt/wake2vec \
+ && VIRTUAL_ENV=/opt/wake2vec uv pip sync --require-hashes --compile-bytecode lock.txt \
  && echo "$STACK" >/opt/wake2vec/wake2vec-stack
 # The plain Ubuntu base has none of the NVIDIA variables. The user may be any uid, even one without an entry: hence
 # HOME, USER, and the modes below, which a new volume takes over.
@@ -81,7 +82,7 @@ RUN groupadd --gid 10001 wake2vec \
  && chmod 1777 /runs /cache/huggingface /cache/wake2vec
 COPY --chmod=755 entrypoint.sh deploy/healthcheck.py /usr/local/bin/
 # Without uv's cache: it would take an older build of this package for the new one, as it looks at pyproject.toml alone.
-# uv_cache.json holds the time of the build.
+# Offline, because this only checks the environment against uv.lock. uv_cache.json holds the time of the build.
 RUN --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
     --mount=type=bind,source=pyproject.toml,target=/tmp/src/pyproject.toml \
     --mount=type=bind,source=uv.lock,target=/tmp/src/uv.lock \
