@@ -35,13 +35,15 @@ RUN printf 'export %s\n' "PATH=\$PATH:/opt/uv/bin" \
     "UV_LINK_MODE=copy UV_LOCKED=1 UV_NO_DEFAULT_GROUPS=1 PYTHONHASHSEED=0 PYC_INVALIDATION_MODE=UNCHECKED_HASH" \
     >/opt/uv/settings
 
-# What a registry shows of each stack. `.ci/lock` writes these lines, a test reads them.
+# Each stack's list, and what a registry shows of it. `.ci/lock` writes both, a test reads them.
 FROM os AS stack-torch2.9-tf4.57
+COPY wake2vec/locks/torch2.9-tf4.57.txt /opt/lock.txt
 ENV WAKE2VEC_GROUP=tf4
 LABEL wake2vec.torch="2.9.0" wake2vec.transformers="4.57.6" wake2vec.huggingface-hub="0.36.0" \
       wake2vec.lock-sha256="d61057eb9811464cca122c0fff598bf0e289dc863c74b9615c69eb5c1f8ce759"
 
 FROM os AS stack-torch2.10-tf5.0
+COPY wake2vec/locks/torch2.10-tf5.0.txt /opt/lock.txt
 ENV WAKE2VEC_GROUP=tf5
 LABEL wake2vec.torch="2.10.0" wake2vec.transformers="5.0.0" wake2vec.huggingface-hub="1.4.1" \
       wake2vec.lock-sha256="bd7ee01266ea812e91114c0bdf05e2e950c11545e7352cbe5b293252260e9bae"
@@ -53,10 +55,9 @@ ARG STACK
 WORKDIR /tmp/src
 RUN --mount=type=cache,target=/root/.cache/uv,sharing=locked \
     --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
-    --mount=type=bind,source=wake2vec/locks/${STACK}.txt,target=/tmp/src/lock.txt \
     . /opt/uv/settings \
  && uv venv /opt/wake2vec \
- && VIRTUAL_ENV=/opt/wake2vec uv pip sync --require-hashes --compile-bytecode lock.txt \
+ && VIRTUAL_ENV=/opt/wake2vec uv pip sync --require-hashes --compile-bytecode /opt/lock.txt \
  && echo "$STACK" >/opt/wake2vec/wake2vec-stack
 # The plain Ubuntu base has none of the NVIDIA variables. The user may be any uid, even one without an entry: hence
 # HOME, USER, and the modes below, which a new volume takes over.
