@@ -57,7 +57,7 @@ RUN --mount=type=cache,target=/root/.cache/uv,sharing=locked \
     --mount=type=bind,from=build,source=/opt/uv,target=/opt/uv \
     . /opt/uv/settings \
  && uv venv /opt/wake2vec \
- && VIRTUAL_ENV=/opt/wake2vec uv pip sync --require-hashes --compile-bytecode /opt/lock.txt \
+ && uv pip sync --python /opt/wake2vec --require-hashes --compile-bytecode /opt/lock.txt \
  && echo "$STACK" >/opt/wake2vec/wake2vec-stack
 # The plain Ubuntu base has none of the NVIDIA variables. The user may be any uid, even one without an entry: hence
 # HOME, USER, and the modes below, which a new volume takes over.
