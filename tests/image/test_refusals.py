@@ -79,12 +79,16 @@ def test_an_unusable_driver_or_card_is_refused(answer: str, said: str, tmp_path:
     assert said in done.stdout
 
 
-def test_a_missing_text_or_lexicon_stops_before_any_download(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", ["FW_TEXT.txt", "wake_lexicon.txt"])
+def test_a_missing_text_or_lexicon_stops_before_any_download(missing: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    for name in {"FW_TEXT.txt", "wake_lexicon.txt"} - {missing}:
+        (tmp_path / name).write_text("riverrun\n")
     done = start("wake2vec", "train", "qwen14b", options=("--volume", f"{tmp_path}:/data:ro"))
     assert done.returncode == 1
-    assert "data/FW_TEXT.txt" in done.stdout
-    assert "data/wake_lexicon.txt" in done.stdout
+    assert f"data/{missing}" in done.stdout
     assert "Traceback" not in done.stdout
+    assert "huggingface" not in done.stdout.partition("versions ")[2].partition("\n")[2]  # nothing was asked of the hub
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_its_owner(tmp_path: Path) -> None:

@@ -72,8 +72,6 @@ def test_the_demo_ends_well_and_says_what_it_did(clone: Clone) -> None:
     assert clone.state()["ExitCode"] == 0, said
     assert "stack    torch2.9-tf4.57, as locked" in said
     assert "bits/char" in said
-    html = clone.read("demo/report/report.html")
-    assert b"<html" in html[:500].lower()
     again = clone.compose("run", "--rm", "demo")
     assert "is done" in again.stdout
 
@@ -143,7 +141,7 @@ def test_a_run_crosses_stacks_only_when_told_and_then_on_record(clone: Clone) ->
         np.testing.assert_allclose(crossed[name], stayed[name], **FLOAT32, err_msg=name)
     record = json.loads(clone.read("demo/run.json"))
     assert record["stack"]["name"] == TF5
-    assert "torch: 2.9.0 -> 2.10.0" in json.dumps(record["history"])
+    assert record["history"][-1]["stack_before"]["name"] == TF4
 
 
 def step_records(clone: Clone, run: str) -> list[dict[str, Any]]:
