@@ -12,22 +12,21 @@ environment where torch itself is what moved.
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from operator import eq, ge, lt, ne
 from pathlib import Path
 from typing import Any
 
 from wake2vec.errors import WakeError
-from wake2vec.gpu import Gpus, check_gpu, probe, switched_on
+from wake2vec.machine import Gpus, check_gpu, machine, probe, size, switched_on
 
 LOCKS = Path(__file__).parent / "locks"
 NAMED_BY = ("torch", "transformers")  # what a stack's name says
 REPORTED = (*NAMED_BY, "huggingface-hub", "tokenizers", "accelerate", "bitsandbytes", "peft", "safetensors", "numpy")
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -184,32 +183,18 @@ def torch_cuda() -> str | None:
     return match[1] if match else None
 
 
-def machine(gpus: Gpus | None = None) -> dict[str, Any]:
-    """Describe this machine for reports, without its name."""
-    gpus = probe() if gpus is None else gpus
-    models = re.findall(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": _cores(),
-        "memory_bytes": _memory_bytes(),
-        "gpus": [asdict(card) for card in gpus.cards],
-        "driver": gpus.driver,
-        "kernel": platform.release(),
-    }
-
-
 def summary_block(report: StackReport | None = None, gpus: Gpus | None = None) -> str:
     """Return machine and stack in one block."""
     report = stack() if report is None else report
     gpus = probe() if gpus is None else gpus
     here, versions = machine(gpus), report.versions
     cards = [
-        f"{card.name}{_size(card.memory_bytes)}, compute {card.capability[0]}.{card.capability[1]}"
+        f"{card.name}{size(card.memory_bytes)}, compute {card.capability[0]}.{card.capability[1]}"
         for card in gpus.cards
     ]
     drift = f"{len(report.drift.lines())} distributions differ" if report.drift else "as locked"
     rows = {
-        "machine": f"{here['cpu']}, {here['cores']} cores{_size(here['memory_bytes'])}",
+        "machine": f"{here['cpu']}, {here['cores']} cores{size(here['memory_bytes'])}",
         "gpu": "; ".join(cards) or gpus.trouble or "none",
         "driver": f"{gpus.driver or 'none'} (torch's CUDA: {report.cuda or 'none'})",
         "stack": f"{report.name or 'none'}, {drift}, lock {report.lock_sha256[:12]}",
@@ -232,36 +217,22 @@ def main() -> int:
     return 0
 
 
-def _text(file: str) -> str:
-    return Path(file).read_text() if Path(file).is_file() else ""
-
-
-def _size(size_bytes: int | None) -> str:
-    return "" if size_bytes is None else f", {size_bytes / GIB:.1f} GiB"
-
-
-def _cores() -> int:
-    """Count the cores this process may use: the container's share, not the host's."""
-    quota, period = (_text("/sys/fs/cgroup/cpu.max") or "max 100000").split()
-    allowed = len(os.sched_getaffinity(0))
-    return allowed if quota == "max" else max(1, min(allowed, round(int(quota) / int(period))))
-
-
-def _memory_bytes() -> int:
-    """Return the memory this process may use: the container's limit where it is lower than the machine's."""
-    limit = _text("/sys/fs/cgroup/memory.max").strip()
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
 def _applies(marker: str) -> bool:
-    """Evaluate the only kinds of marker the lists hold; the platform is the image's, checked by the Dockerfile."""
-    here = tuple(sys.version_info[:2])
+    """Evaluate an exported list's marker: conjunctions of comparisons with a literal."""
+    here = {
+        "implementation_name": sys.implementation.name,
+        "platform_machine": platform.machine(),
+        "platform_python_implementation": platform.python_implementation(),
+        "python_full_version": list(sys.version_info[:3]),
+        "sys_platform": sys.platform,
+    }
+    compared: dict[str, Callable[[Any, Any], bool]] = {"==": eq, "!=": ne, ">=": ge, "<": lt}
     for clause in filter(None, marker.split(" and ")):
-        match = re.fullmatch(r"python_full_version (>=|<) '(\d+)\.(\d+)'", clause)
-        if match and (here >= (int(match[2]), int(match[3]))) != (match[1] == ">="):
+        match = re.fullmatch(rf"({'|'.join(here)}) (==|!=|>=|<) '(.*)'", clause)
+        assert match, f"unknown marker: {clause}"
+        wanted = [int(part) for part in match[3].split(".")] if match[1] == "python_full_version" else match[3]
+        if not compared[match[2]](here[match[1]], wanted):
             return False
-        assert match or clause.startswith(("platform_machine ==", "sys_platform ==")), f"unknown marker: {clause}"
     return True
 
 

@@ -1,15 +1,17 @@
-"""The GPUs a container was given, and whether torch's CUDA can run on them. Imports no torch.
+"""The machine, the GPUs a container was given, and whether torch's CUDA can run on them. Imports no torch.
 
 Three mistakes are cheap here and expensive later: no GPU where one was asked for (the run would crawl along on the
 CPU), a driver older than the wheels' CUDA, a card the wheels hold no code for.
 """
 
 import os
+import platform
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from wake2vec.errors import WakeError
 
@@ -17,7 +19,7 @@ CUDA_DRIVERS = {"12.6": 560, "12.8": 570, "12.9": 575, "13.0": 580}  # first dri
 LOWEST, HIGHEST = (7, 5), (12, 9)  # compute capabilities of the cu128 wheels: sm_75 (T4) .. sm_120 and its minors
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits")
 MENDS = "README, 'Docker sees no GPU'"
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,25 @@ def switched_on(variable: str) -> bool:
     raise WakeError(f"{variable}: {value!r} is neither 1 nor 0; set it to 1, or leave it unset")
 
 
+def machine(gpus: Gpus | None = None) -> dict[str, Any]:
+    """Describe this machine for reports, without its name."""
+    gpus = probe() if gpus is None else gpus
+    models = re.findall(r"^model name\s*: (.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": _cores(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": [asdict(card) for card in gpus.cards],
+        "driver": gpus.driver,
+        "kernel": platform.release(),
+    }
+
+
+def size(size_bytes: int | None) -> str:
+    """Write a size behind what has it; nothing where it is unknown."""
+    return "" if size_bytes is None else f", {size_bytes / GIB:.1f} GiB"
+
+
 def _ask(command: tuple[str, ...]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
@@ -107,6 +128,23 @@ def _card(name: str, memory_mib: str, capability: str) -> Card:
 
 def _kernel_driver() -> str | None:
     """Read the loaded driver's version where nvidia-smi cannot tell it."""
-    file = Path("/proc/driver/nvidia/version")
-    match = re.search(r"Module.*?\s(\d+\.\d+[.\d]*)", file.read_text()) if file.is_file() else None
+    match = re.search(r"Module.*?\s(\d+\.\d+[.\d]*)", _text("/proc/driver/nvidia/version"))
     return match[1] if match else None
+
+
+def _text(file: str) -> str:
+    return Path(file).read_text() if Path(file).is_file() else ""
+
+
+def _cores() -> int:
+    """Count the cores this process may use: the container's share, not the host's."""
+    quota, period = (_text("/sys/fs/cgroup/cpu.max") or "max 100000").split()
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if quota == "max" else max(1, min(allowed, round(int(quota) / int(period))))
+
+
+def _memory_bytes() -> int:
+    """Return the memory this process may use: the container's limit where it is lower than the machine's."""
+    limit = _text("/sys/fs/cgroup/memory.max").strip()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(total, int(limit)) if limit.isdigit() else total
