@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 import shutil
+import threading
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
@@ -200,12 +201,18 @@ def test_second_process_waits_and_uses_what_the_first_made(folder: Path, tmp_pat
     with open(tmp_path / "demo.lock", "ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
 
-        def first_process_ends(line: str) -> None:
-            lines.append(line)
+        def first_process_ends() -> None:
             shutil.copytree(folder, tmp_path / "demo")
             held.close()
 
-        demo.prepare(tmp_path / "demo", first_process_ends, TINY)
+        first_process = threading.Timer(0.3, first_process_ends)
+
+        def say(line: str) -> None:
+            lines.append(line)
+            first_process.start()
+
+        demo.prepare(tmp_path / "demo", say, replace(TINY, steps=20))
+        first_process.join()
     assert len(lines) == 1
     assert "waiting" in lines[0]
     assert files_of(tmp_path / "demo") == files_of(folder)

@@ -61,7 +61,7 @@ def _hash_folder(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise WakeError(f"base model {folder}: has no config.json; give a folder in Hugging Face format")
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in hub.MODEL_FILES for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in (*hub.MODEL_FILES, "*.safetensors") for path in folder.glob(pattern)}):
         with open(path, "rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """The `wake2vec` command."""
 
+import errno
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import typer
 from wake2vec import __version__, config, console, rundir
 from wake2vec.errors import Stopped, WakeError
 
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
 
 app = typer.Typer(
@@ -204,9 +206,9 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _DISK_ERRORS:
             return _bug()
-        return _fail(f"{error.filename}: {error.strerror}; check the disk, its space and the file's owner")
+        return _fail(f"{error.filename or 'disk'}: {error.strerror}; check the disk, its space and the file's owner")
     except Exception:  # the one place where every exception ends
         return _bug()
     return DONE

@@ -1,6 +1,7 @@
 """The Hugging Face hub: which commit a name means, what a download takes, and the download itself."""
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -38,8 +39,16 @@ def hub_errors(name: str, commit: str | None = None) -> Iterator[None]:
         raise WakeError(
             f"base model {name}: not in the cache and the hub cannot be reached; connect, or fetch it beforehand"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, _client_error()) as error:
         raise WakeError(f"base model {name}: the hub did not give it ({error}); try again") from None
+
+
+def _client_error() -> type[Exception]:
+    """Return what the HTTP client of huggingface_hub 1 raises; that of 0.36 raises an OSError."""
+    if importlib.util.find_spec("httpx") is None:
+        return OSError
+    error: type[Exception] = importlib.import_module("httpx").HTTPError
+    return error
 
 
 def resolve_commit(name: str, commit: str | None) -> str:
@@ -47,7 +56,14 @@ def resolve_commit(name: str, commit: str | None) -> str:
     from huggingface_hub import hf_hub_download
 
     with hub_errors(name, commit):
-        return Path(hf_hub_download(name, "config.json", revision=commit)).parent.name
+        try:
+            path = hf_hub_download(name, "config.json", revision=commit)
+        except RuntimeError as error:
+            # huggingface_hub 1.4.1, where it cannot connect: it tries again with a client that it has just closed
+            if "client has been closed" not in str(error):
+                raise
+            path = hf_hub_download(name, "config.json", revision=commit, local_files_only=True)
+        return Path(path).parent.name
 
 
 def download_sizes(name: str, commit: str) -> tuple[int, int]:

@@ -186,7 +186,7 @@ def _add_row_gradient(rows_grad_ND: Tensor, grad_CW: Tensor, hidden_CD: Tensor) 
         return
     for first in range(0, num_new, _GRAD_SLICE_ROWS):
         slice_SD = rows_grad_ND[first : first + _GRAD_SLICE_ROWS]
-        slice_SD.copy_(_product(grad_CW[:, first : first + len(slice_SD)].T, hidden_CD, slice_SD.dtype))
+        slice_SD.add_(_product(grad_CW[:, first : first + len(slice_SD)].T, hidden_CD, slice_SD.dtype))
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
