@@ -66,6 +66,7 @@ def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) 
     base = identify(recipe.model.base, _locate(recipe.model.base, say), commit)
     base_tokenizer = load_tokenizer(base)
     words = tokens.add_words(base_tokenizer, lexicon, recipe.tokens.match)
+    tokens.check_round_trip(words.tokenizer, text, f"text {recipe.data.text}")
     split = split_text(text, recipe.train.val_fraction, recipe.train.seed)
 
     def cut(part: str, tokenizer: Any) -> Blocks:
