@@ -20,7 +20,7 @@ from wake2vec.errors import WakeError
 # transformers 5 loads shards asynchronously otherwise and can reserve far more GPU memory than it uses
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 # says at import that an optional CPU kernel, which it would fetch from the hub, is not there
-logging.getLogger("bitsandbytes.backends.utils").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _LEAST_TOKENS = 16
 _EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore

@@ -67,10 +67,12 @@ class TrainConsole:
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table on stdout."""
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table = Table(header_style="bold", box=None, pad_edge=False, show_header=any(columns))
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # a narrow or absent terminal must not cut the numbers off
-    RichConsole(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+    # where there is no terminal, its supposed width must not cut numbers off
+    out = RichConsole(width=None if sys.stdout.isatty() else 200, highlight=False)
+    out.print(title, markup=False, soft_wrap=True)
+    out.print(table)
