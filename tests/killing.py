@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import wake2vec.base  # noqa: F401 - the forkserver imports all that is slow to import, once
-from wake2vec import model, rundir, sentry, sentry_writer, train
+from wake2vec import model, resume, rundir, sentry, sentry_writer, train
 from wake2vec.errors import Stopped
 from wake2vec.rundir import RunDir
 
@@ -72,7 +72,7 @@ def _in_update(step: int, strike: Callable[[], None], _console: Any) -> None:
     """Strike when the rows are half updated."""
     plain = train.resume
 
-    def resume(*args: Any, **options: Any) -> Any:
+    def loaded(*args: Any, **options: Any) -> Any:
         training = plain(*args, **options)
         update = training.optimizer.step
 
@@ -91,7 +91,7 @@ def _in_update(step: int, strike: Callable[[], None], _console: Any) -> None:
         training.optimizer.step = striking
         return training
 
-    train.resume = resume
+    train.resume = loaded
 
 
 def _in_save(step: int, strike: Callable[[], None], _console: Any) -> None:
@@ -122,6 +122,16 @@ def _before_read_back(step: int, strike: Callable[[], None], _console: Any) -> N
     sentry_writer.sentry.verify = striking
 
 
+def _in_load(_step: int, strike: Callable[[], None], _console: Any) -> None:
+    plain = resume.base.load
+
+    def striking(*args: Any, **options: Any) -> Any:
+        strike()
+        return plain(*args, **options)
+
+    resume.base.load = striking
+
+
 def _never(_step: int, _strike: Callable[[], None], _console: Any) -> None:
     pass
 
@@ -133,5 +143,6 @@ _ARM: dict[str, Callable[[int, Callable[[], None], Any], None]] = {
     "in evaluation": _in_evaluation,
     "in save": _in_save,
     "before read-back": _before_read_back,
+    "in load": _in_load,
     "never": _never,
 }

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2C
 from wake2vec.loss import logits, split_cross_entropy
 from wake2vec.overlay import WakeOverlay
 
-V, N, D, M = 37, 9, 16, 23
+# no multiples of the 8 columns that the loss aligns to
+V, N, D, M = 37, 13, 16, 23
 PADDING = 5
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -61,7 +62,7 @@ def ours(given: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor, Tens
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize(("chunk_tokens", "chunk_rows"), [(1, None), (7, None), (M, 4), (1000, 1), (7, 1000)])
+@pytest.mark.parametrize(("chunk_tokens", "chunk_rows"), [(1, None), (7, None), (M, 8), (1000, 3), (7, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_is_one_vocabulary_s_cross_entropy(
     dtype: torch.dtype, chunk_tokens: int, chunk_rows: int | None, softcap: float | None
@@ -88,13 +89,22 @@ def test_scores_far_apart_do_not_overflow() -> None:
 
 def test_a_bfloat16_model_s_loss_is_taken_in_float32() -> None:
     given = inputs(torch.bfloat16)
-    exact = plain({name: t if name == "targets_M" else t.double() for name, t in given.items()}, 1.0, None)
-    expected, found = plain(given, 1.0, None), ours(given, chunk_rows=4)
+    expected, found = plain(given, 1.0, None), ours(given, chunk_rows=8)
     assert [tensor.dtype for tensor in found] == [torch.float32, torch.bfloat16, torch.float32]
     torch.testing.assert_close(found[0], expected[0])
-    # sums that nearly cancel are mostly rounding in both: what counts is that ours rounds no more
-    for ours_MD, plain_MD, exact_MD in zip(found[1:], expected[1:], exact[1:], strict=True):
-        assert (ours_MD - exact_MD).norm() < 1.2 * (plain_MD - exact_MD).norm()
+    assert_rounds_no_more(found, expected, given, None)
+
+
+def assert_rounds_no_more(
+    found: tuple[Tensor, ...], expected: tuple[Tensor, ...], given: dict[str, Tensor], softcap: float | None
+) -> None:
+    """Compare losses and gradients with float64's: where sums nearly cancel, narrow ones are mostly rounding.
+
+    Of the bfloat16 hidden gradient 1.04 times a plain model's rounding was measured: it is a sum of four products.
+    """
+    wide = {name: tensor if name == "targets_M" else tensor.double() for name, tensor in given.items()}
+    for found_MD, expected_MD, exact_MD in zip(found, expected, plain(wide, 1.0, softcap), strict=True):
+        assert (found_MD - exact_MD).norm() < 1.2 * (expected_MD - exact_MD).norm() + 1e-6 * exact_MD.norm()
 
 
 def test_gradient_is_added_to_what_the_buffer_holds() -> None:
@@ -172,7 +182,7 @@ def test_nothing_grows_past_a_chunk_s_logits(dtype: torch.dtype, softcap: float 
     given = inputs(dtype)
     with Recorder() as recorder:
         ours(given, softcap=softcap, chunk_tokens=16)
-    assert recorder.largest_bytes == 16 * (V + N) * value_bytes
+    assert recorder.largest_bytes == 16 * (40 + 16) * value_bytes  # V and N columns, rounded up
 
 
 def test_rows_of_another_dtype_are_cast_a_slice_at_a_time() -> None:
@@ -181,21 +191,21 @@ def test_rows_of_another_dtype_are_cast_a_slice_at_a_time() -> None:
     given["rows_ND"] = torch.randn(1000, D)
     with Recorder() as recorder:
         split_cross_entropy(**given, chunk_tokens=1, chunk_rows=8)
-    assert recorder.largest_bytes == 4 * (V + 1000)
+    assert recorder.largest_bytes == 4 * (40 + 1000)
 
 
 def test_scoring_alone_multiplies_each_vocabulary_once_a_chunk() -> None:
     given = inputs(torch.float32)
     with Recorder() as recorder:
         split_cross_entropy(**given, chunk_tokens=8)
-    assert [name for name in recorder.names if "mm" in name] == ["mm", "mm"] * 3
+    assert [name for name in recorder.names if "mm" in name] == ["mm"] * 4 * 3  # aligned words and the rest
 
 
-def test_the_frozen_head_costs_two_products_and_the_rows_three() -> None:
+def test_the_frozen_head_costs_no_product_for_a_gradient_of_its_own() -> None:
     given = inputs(torch.float32)
     with Recorder() as recorder:
         ours(given, chunk_tokens=M)
-    assert [name for name in recorder.names if "mm" in name] == ["mm", "mm", "mm", "addmm_", "addmm_"]
+    assert [name for name in recorder.names if "mm" in name] == ["mm"] * (4 + 4) + ["addmm_"]
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -211,18 +221,13 @@ def test_nothing_asks_the_device_for_a_value(softcap: float | None) -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gpu_gives_the_same_and_is_not_waited_for(dtype: torch.dtype, softcap: float | None) -> None:
-    given = inputs(dtype)
-    on_gpu = {name: tensor.cuda() for name, tensor in given.items()}
+    given = {name: tensor.cuda() for name, tensor in inputs(dtype).items()}
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = ours(on_gpu, softcap=softcap, chunk_tokens=7, chunk_rows=4)
+        found = ours(given, softcap=softcap, chunk_tokens=7, chunk_rows=4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    exact = plain({name: t if name == "targets_M" else t.double() for name, t in given.items()}, 1.0, softcap)
-    for on_gpu_MD, on_cpu_MD, exact_MD in zip(found, ours(given, softcap=softcap), exact, strict=True):
-        # as near to the truth as the CPU is, up to what float32 sums of another order differ by
-        allowed = 1.2 * (on_cpu_MD - exact_MD).norm() + 1e-5 * exact_MD.norm()
-        assert (on_gpu_MD.cpu() - exact_MD).norm() < allowed
+    assert_rounds_no_more(found, plain(given, 1.0, softcap), given, softcap)
 
 
 # --- overlay and loss together, against a resized transformers model ---

@@ -67,9 +67,11 @@ def make_base(folder: Path, *, tied: bool = False, tokenizer: PreTrainedTokenize
 
 
 def make_text(num_words: int = 1500) -> str:
-    """Return a text in which old and new words stand mixed, deterministic."""
+    """Return a text in which old and new words stand mixed, some often and some seldom; deterministic."""
     rng = random.Random(3)
-    words = [rng.choice(NEW if rng.random() < 0.3 else OLD) for _ in range(num_words)]
+    often = [1 / (rank + 1) ** 1.5 for rank in range(max(len(OLD), len(NEW)))]
+    kinds = [NEW if rng.random() < 0.3 else OLD for _ in range(num_words)]
+    words = [rng.choices(kind, often[: len(kind)])[0] for kind in kinds]
     return "".join(word + rng.choice([" ", " ", " ", ", ", ".\n"]) for word in words)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from wake2vec.errors import WakeError
@@ -21,6 +22,7 @@ os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 logging.getLogger("bitsandbytes.backends.utils").setLevel(logging.ERROR)
 
 _FOLDER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+_LEAST_TOKENS = 16
 _EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
 
 
@@ -44,12 +46,13 @@ def identify(name: str, source: str, commit: str | None) -> BaseId:
     Raises:
         WakeError: it is not there, not to be had, or a folder's content is not what the run began with.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # pathlib's raises for a name that is too long
         found = f"sha256:{_hash_folder(Path(source))}"
         if commit not in (None, found):
             raise WakeError(f"base model {name}: its files changed (now {found}, the run has {commit}); put them back")
         return BaseId(name, source, found)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    was_folder = commit is not None and commit.startswith("sha256:")
+    if was_folder or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise WakeError(f"base model {name}: no such folder; check model.base (working directory {Path.cwd()})")
     return BaseId(name, source, _resolve_on_hub(name, commit))
 
@@ -99,9 +102,16 @@ def load_tokenizer(base: BaseId) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(base.source, revision=base.revision)
-    except (OSError, ValueError) as error:
-        raise WakeError(f"base model {base.name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+        tokenizer = AutoTokenizer.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise WakeError(
+            f"base model {base.name}: its tokenizer cannot be loaded ({_first_line(error)}); it needs a whole "
+            "tokenizer.json"
+        ) from None
+    # transformers 5 makes a tokenizer of a few special tokens where there are no files
+    if not tokenizer.is_fast or len(tokenizer) < _LEAST_TOKENS:
+        raise WakeError(f"base model {base.name}: it has no fast tokenizer; add its tokenizer.json")
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -152,18 +162,31 @@ def load(base: BaseId, vocab_size: int, *, quantization: str, compute_dtype: str
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        config = AutoConfig.from_pretrained(base.source, revision=base.revision)
+        config = AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
         attention = "eager" if config.model_type in _EAGER_ATTENTION else "sdpa"
-        causal_lm = AutoModelForCausalLM.from_pretrained(
+        causal_lm, loaded = AutoModelForCausalLM.from_pretrained(
             base.source,
             revision=base.revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
             dtype=dtype,
             device_map={"": device},
             attn_implementation=attention,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise WakeError(f"base model {base.name}: cannot be loaded ({_first_line(error)})") from None
+    except RuntimeError as error:
+        if "size" not in str(error):
+            raise
+        raise WakeError(f"base model {base.name}: its weights do not fit its config.json; put both back") from None
+    if loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+        raise WakeError(
+            f"base model {base.name}: {len(loaded['missing_keys'])} of its weights are not in its files ({missing}), "
+            "and would be random; put the files back"
+        )
     frozen = freeze(causal_lm, vocab_size, base.name)
     _check_head(frozen, base.name)
     return frozen

@@ -11,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from wake2vec.errors import WakeError
 
-Count = Annotated[int, Field(gt=0)]
-Interval = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Interval = Annotated[int, Field(ge=0, lt=2**31)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+"""Not empty, and without the NUL that no path may hold."""
+_SHOWN_CHARS = 80
 
 
 class _Section(BaseModel):
@@ -23,7 +26,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The frozen base model."""
 
-    base: Annotated[str, Field(min_length=1)]
+    base: Name
     """A Hugging Face hub id, a folder in Hugging Face format, or `demo:base`."""
     quantization: Literal["nf4", "none"] = "nf4"
     """How the body's linear layers are held."""
@@ -34,7 +37,7 @@ class ModelSection(_Section):
 class TokensSection(_Section):
     """The new words."""
 
-    lexicon: Annotated[str, Field(min_length=1)]
+    lexicon: Name
     """A UTF-8 file, one word a line; the order fixes the ids."""
     match: Literal["word", "substring"] = "word"
     """Whether a new word is found only whole or inside other words too."""
@@ -47,9 +50,9 @@ class TokensSection(_Section):
 class DataSection(_Section):
     """What is read."""
 
-    text: Annotated[str, Field(min_length=1)]
+    text: Name
     """A UTF-8 text file."""
-    seq_len: Count = 128
+    seq_len: Annotated[int, Field(gt=0, le=2**20)] = 128
     """Tokens a block."""
 
 
@@ -143,11 +146,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, 
     name, text = _recipe_text(name_or_path)
     table = _parse_toml(text, f"recipe {name_or_path}")
     problems = [problem for override in overrides for problem in _override(table, override)]
-    if not problems:
-        try:
-            return name, Recipe.model_validate(table)
-        except ValidationError as error:
-            problems = [_explain(problem) for problem in error.errors()]
+    try:
+        recipe = Recipe.model_validate(table)
+    except ValidationError as error:
+        problems += [_explain(problem) for problem in error.errors()]
+    else:
+        if not problems:
+            return name, recipe
     raise WakeError("\n".join(f"recipe {name_or_path}: {problem}" for problem in problems))
 
 
@@ -161,7 +166,7 @@ def _recipe_text(name_or_path: str) -> tuple[str, str]:
         guess = _did_you_mean(name_or_path, shipped)
         raise WakeError(f"recipe {name_or_path}: no such recipe{guess}; use one of {names}, or a path ending in .toml")
     try:
-        return path.stem, path.read_text("utf-8")
+        return path.stem, path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise WakeError(
             f"recipe {name_or_path}: no such file; check the path (working directory {Path.cwd()})"
@@ -175,7 +180,7 @@ def _recipe_text(name_or_path: str) -> tuple[str, str]:
 def _parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or an integer of thousands of digits
         raise WakeError(f"{where}: not TOML: {error}; mend that place") from None
     except RecursionError:
         raise WakeError(f"{where}: nested too deep to be a recipe; use plain tables and values") from None
@@ -185,21 +190,24 @@ def _override(table: dict[str, Any], override: str) -> Iterator[str]:
     """Set one `key=value` in the table; yield what is wrong with it."""
     key, equals, value = override.partition("=")
     key = key.strip()
-    if not equals or not key:
-        yield f"--set {override}: not key=value; write for example --set train.max_steps=100"
+    if not equals or not all(key.split(".")):
+        yield f"--set {_shown(override)}: not key=value; write for example --set train.max_steps=100"
         return
     try:
         parsed = tomllib.loads(f"value = {value}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         parsed = {}
     if set(parsed) != {"value"}:
-        yield f"--set {override}: {value!r} is no TOML value; text needs quotes: --set '{key}=\"{value}\"'"
+        yield (
+            f"--set {_shown(override)}: the part after '=' is no TOML value; "
+            f"text needs quotes: --set '{_shown(key)}=\"{_shown(value)}\"'"
+        )
         return
     *sections, last = key.split(".")
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
-            yield f"--set {override}: {section} is a value, not a table; check the key"
+            yield f"--set {_shown(override)}: {section} is a value, not a table; check the key"
             return
     table[last] = parsed["value"]
 
@@ -217,8 +225,14 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "value_error":
         return f"{key}: {message}"
     guess = _did_you_mean(str(given), [part.strip("'") for part in problem.get("ctx", {}).get("expected", "").split()])
-    shown = repr(given) if len(repr(given)) <= 80 else repr(given)[:80] + "..."
-    return f"{key}: {message[0].lower()}{message[1:]}, not {shown}{guess}; mend the value"
+    shown = repr(given) if isinstance(given, str) else str(given)
+    return f"{key}: {message[0].lower()}{message[1:]}, not {_shown(shown)}{guess}; mend the value"
+
+
+def _shown(text: str) -> str:
+    """Return a piece of someone's input fit for one line of a message."""
+    line = text if text.isprintable() else repr(text)[1:-1]
+    return line if len(line) <= _SHOWN_CHARS else line[:_SHOWN_CHARS] + "..."
 
 
 def _keys_at(location: Sequence[Any]) -> list[str]:

@@ -61,9 +61,9 @@ def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) 
     Raises:
         WakeError: something is missing or of no use.
     """
-    text = read_text(_locate(recipe.data.text, say))
-    lexicon = read_words(_locate(recipe.tokens.lexicon, say))
-    base = identify(recipe.model.base, str(_locate(recipe.model.base, say)), commit)
+    text = read_text(Path(_locate(recipe.data.text, say)))
+    lexicon = read_words(Path(_locate(recipe.tokens.lexicon, say)))
+    base = identify(recipe.model.base, _locate(recipe.model.base, say), commit)
     base_tokenizer = load_tokenizer(base)
     words = tokens.add_words(base_tokenizer, lexicon, recipe.tokens.match)
     split = split_text(text, recipe.train.val_fraction, recipe.train.seed)
@@ -104,14 +104,14 @@ def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) 
     )
 
 
-def _locate(value: str, say: Callable[[str], None]) -> Path:
-    """Return the path a recipe's value means; `demo:` names a file of the demo, made at first use."""
+def _locate(value: str, say: Callable[[str], None]) -> str:
+    """Return what a recipe's value means; `demo:` names a file of the demo, made at first use."""
     if not value.startswith(_DEMO):
-        return Path(value)
+        return value
     cache = os.environ.get("WAKE2VEC_CACHE") or Path.home() / ".cache" / "wake2vec"
     folder = Path(cache) / f"demo-python{sys.version_info.major}.{sys.version_info.minor}"
     demo.prepare(folder, say)
-    return folder / value.removeprefix(_DEMO)
+    return str(folder / value.removeprefix(_DEMO))
 
 
 def _sha256(content: str | bytes) -> str:

@@ -91,7 +91,7 @@ def import_pt(run: RunDir, path: Path) -> str:
         except sentry.DamagedError as error:
             raise WakeError(
                 f"run {run.name}: its first sentry, which fills what {path.name} lacks, is no use ({error}); "
-                "start the run, stop it, and import then"
+                "begin another run, stop it after its first steps, and import there"
             ) from None
         first = _check_import(run, record, path, payload, start)
         rows_ND = start.tensors["rows/input"]
@@ -134,6 +134,8 @@ def _check_import(
     sizes = (payload["embeddings"].shape[1], start.tensors["rows/input"].shape[1])
     if sizes[0] != sizes[1]:
         problems.append(f"its rows have {sizes[0]} values, the run's {sizes[1]}: another base; choose the right run")
+    if "head_embeddings" in payload and "rows/head" not in start.tensors:
+        problems.append("it holds head rows, the run's head is tied to its input: another base; choose the right run")
     if payload["step"] > fixed["recipe"]["train"]["max_steps"]:
         problems.append(
             f"it is of step {payload['step']}, the run ends at {fixed['recipe']['train']['max_steps']}; "

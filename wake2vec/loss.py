@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 _IGNORED = -1
-# Each vocabulary's scores begin, and each token's row of them ends, at a multiple of this. A matrix product whose result
-# lies askew in memory takes a kernel without Hopper's instructions: 89 ms a step of Qwen2.5-14B instead of 23 (H100).
-_ALIGNED_COLUMNS = 64
+# Matrix products take far slower kernels for scores that lie askew in memory or have an odd number of columns: 89 ms a
+# step of Qwen2.5-14B, not 23 (H100). So each vocabulary begins at a multiple of this many columns, as does the next
+# token's row, and words past a vocabulary's last such multiple are multiplied apart.
+_ALIGNED_COLUMNS = 8
 # Rows of one slice of the row gradient, where a matrix product cannot add to it by itself.
 _GRAD_SLICE_ROWS = 4096
 
@@ -37,7 +38,7 @@ def split_cross_entropy(
     softcap: float | None = None,
     rows_grad_ND: Tensor | None = None,
     grad_scale: Tensor | float = 1.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 512,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return nll_M in nats (0 where the target is -1) and, with `rows_grad_ND`, the gradient of the hidden states.
@@ -52,8 +53,8 @@ def split_cross_entropy(
 
     Memory beside the arguments and results, with W = V + N: chunk_tokens * W * 4 bytes in float32, 6 in bfloat16 or
     float16 (2 for the logits, 4 for their exponentials), 8 in float32 with a soft-cap; and the new rows in the hidden
-    states' dtype where they have another: all N of them, cast once, or `chunk_rows` (a multiple of 64) at a time, cast
-    again for every chunk of tokens. Nothing waits for the device.
+    states' dtype where they have another: all N of them, cast once, or `chunk_rows` at a time, cast
+    again for every chunk of tokens. Nothing waits for the device. Multiples of 64 make the fastest chunks.
     """
     assert targets_M.shape == hidden_MD.shape[:1], f"{tuple(targets_M.shape)} targets, hidden {tuple(hidden_MD.shape)}"
     words = _Words(head_VD, rows_ND, hidden_MD.dtype, chunk_rows)
@@ -77,7 +78,7 @@ def split_cross_entropy(
         if grad_hidden_MD is not None and rows_grad_ND is not None:
             weight_C1 = scored_C1.to(wide) * grad_scale
             _score_gradient(scores_CW, exp_CW, target_C1, nll_C1, sum_C1, weight_C1, softcap)
-            words.hidden_gradient(scores_CW, grad_hidden_MD[chunk])
+            grad_hidden_MD[chunk] = words.hidden_gradient(scores_CW, wide)
             _add_row_gradient(rows_grad_ND, scores_CW[:, words.new_at :], hidden_CD)
     return nll_M, grad_hidden_MD
 
@@ -89,27 +90,27 @@ class _Words:
         assert head_VD.dtype == dtype, f"the head is {head_VD.dtype}, the hidden states are {dtype}"
         self.head_VD = head_VD
         self.rows_ND = rows_ND.to(dtype) if chunk_rows is None else rows_ND
-        self.slice_rows = chunk_rows or max(1, rows_ND.shape[0])
+        self.chunk_rows = chunk_rows
         self.num_base, self.num_new = head_VD.shape[0], rows_ND.shape[0]
         self.new_at = _round_up(self.num_base)
         self.width = _round_up(self.new_at + self.num_new)
 
-    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the new rows a slice at a time in the head's dtype, each with its columns."""
-        for first in range(0, self.num_new, self.slice_rows):
-            rows_SD = self.rows_ND[first : first + self.slice_rows].to(self.head_VD.dtype)
-            yield slice(self.new_at + first, self.new_at + first + len(rows_SD)), rows_SD
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield all rows, the new ones cast a slice at a time to the head's dtype, each part with its columns."""
+        for rows in _aligned_slices(self.num_base, self.num_base):
+            yield rows, self.head_VD[rows]
+        for rows in _aligned_slices(self.num_new, self.chunk_rows or self.num_new):
+            columns = slice(self.new_at + rows.start, self.new_at + rows.stop)
+            yield columns, self.rows_ND[rows].to(self.head_VD.dtype)
 
     def targets(self, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Return whether each token is scored and its target's column, where it is not any column."""
-        scored_C1 = (targets_C != _IGNORED).unsqueeze(1)
+        """Return whether each token is scored and its target's column, or column 0 where it is not scored."""
         shift_C = torch.where(targets_C >= self.num_base, self.new_at - self.num_base, 0)
-        return scored_C1, (targets_C + shift_C).clamp(min=0).unsqueeze(1)
+        return (targets_C != _IGNORED).unsqueeze(1), (targets_C + shift_C).clamp(min=0).unsqueeze(1)
 
     def scores(self, hidden_CD: Tensor, out_CW: Tensor) -> Tensor:
         """Write the logits before any soft-cap; the gaps between them are left as they are."""
-        torch.mm(hidden_CD, self.head_VD.T, out=out_CW[:, : self.num_base])
-        for columns, rows_SD in self._slices():
+        for columns, rows_SD in self._parts():
             torch.mm(hidden_CD, rows_SD.T, out=out_CW[:, columns])
         return out_CW
 
@@ -118,11 +119,21 @@ class _Words:
         scores_CW[:, self.num_base : self.new_at] = -torch.inf
         scores_CW[:, self.new_at + self.num_new :] = -torch.inf
 
-    def hidden_gradient(self, grad_CW: Tensor, out_CD: Tensor) -> None:
-        """Write the hidden states' gradient from that of the logits."""
-        torch.mm(grad_CW[:, : self.num_base], self.head_VD, out=out_CD)
-        for columns, rows_SD in self._slices():
-            out_CD.addmm_(grad_CW[:, columns], rows_SD)
+    def hidden_gradient(self, grad_CW: Tensor, wide: torch.dtype) -> Tensor:
+        """Return the hidden states' gradient from that of the logits."""
+        total_CD = grad_CW.new_zeros(grad_CW.shape[0], self.head_VD.shape[1], dtype=wide)
+        for columns, rows_SD in self._parts():
+            total_CD += _product(grad_CW[:, columns], rows_SD, wide)
+        return total_CD
+
+
+def _aligned_slices(count: int, size: int) -> Iterator[slice]:
+    """Cut a range into slices of `size`, the last one in two where its length is not a multiple of the alignment."""
+    aligned = count - count % _ALIGNED_COLUMNS
+    for start in range(0, aligned, max(1, size)):
+        yield slice(start, min(start + size, aligned))
+    if aligned < count:
+        yield slice(aligned, count)
 
 
 def _round_up(columns: int) -> int:
@@ -171,16 +182,16 @@ def _add_row_gradient(rows_grad_ND: Tensor, grad_CW: Tensor, hidden_CD: Tensor) 
     """Add grad^T @ hidden of the first N columns to the rows' gradient, in its own, wider dtype."""
     num_new = rows_grad_ND.shape[0]
     if rows_grad_ND.dtype == hidden_CD.dtype:
-        rows_grad_ND.addmm_(grad_CW[:, :num_new].T, hidden_CD)
+        rows_grad_ND.addmm_(grad_CW[:, :num_new].T, hidden_CD, beta=0)
         return
     for first in range(0, num_new, _GRAD_SLICE_ROWS):
         slice_SD = rows_grad_ND[first : first + _GRAD_SLICE_ROWS]
-        slice_SD.add_(_wide_product(grad_CW[:, first : first + len(slice_SD)].T, hidden_CD, slice_SD.dtype))
+        slice_SD.add_(_product(grad_CW[:, first : first + len(slice_SD)].T, hidden_CD, slice_SD.dtype))
 
 
-def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return left @ right of two narrow matrices, not rounded back to their dtype."""
-    if left.is_cuda:
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return left @ right in a dtype that may be wider than theirs: on a GPU not rounded to theirs in between."""
+    if left.dtype != dtype and left.is_cuda:
         # torch.addmm takes a wide sum beside narrow factors only from torch 2.10 on; torch.mm does in both stacks.
         return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+    return (left @ right).to(dtype)

@@ -53,8 +53,8 @@ def make_plan(
 def _activation_bytes(config: Any, tokens: int, seq_len: int, dtype_bytes: int, checkpointing: bool) -> int:
     """Estimate what the backward pass needs kept: ~20 hidden-sized and 6 MLP-sized tensors and the scores a layer."""
     heads = config.num_attention_heads
-    layer = tokens * (20 * config.hidden_size + 6 * config.intermediate_size + 2 * heads * seq_len) * dtype_bytes
-    boundary = tokens * config.hidden_size * dtype_bytes
+    layer: int = tokens * (20 * config.hidden_size + 6 * config.intermediate_size + 2 * heads * seq_len) * dtype_bytes
+    boundary: int = tokens * config.hidden_size * dtype_bytes
     layers: int = config.num_hidden_layers
     return layer + layers * boundary if checkpointing else layers * layer
 
@@ -62,6 +62,7 @@ def _activation_bytes(config: Any, tokens: int, seq_len: int, dtype_bytes: int, 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available: int = psutil.virtual_memory().available
-    return available
+        free_bytes: int = torch.cuda.mem_get_info(device)[0]
+        return free_bytes
+    available_bytes: int = psutil.virtual_memory().available
+    return available_bytes

@@ -40,8 +40,9 @@ class RunDir:
 def find_run(runs: Path, name: str) -> RunDir:
     """Return a run that exists, by its name under `runs` or by its path."""
     for path in (runs / name, Path(name)):
-        if (path / "run.json").is_file():
-            return RunDir(path)
+        with contextlib.suppress(OSError):  # a name too long for a file
+            if (path / "run.json").is_file():
+                return RunDir(path)
     known = sorted(path.parent.name for path in runs.glob("*/run.json"))
     raise WakeError(f"run {name}: not in {runs}/; it holds {', '.join(known) or 'no runs'}; check the name or --runs")
 

@@ -7,6 +7,7 @@
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -23,6 +24,13 @@ _STORAGES = {
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
     "FloatStorage": torch.float32,
+}
+# What torch.save writes for a dictionary of tensors, numbers and names. BUILD is not among them: it sets attributes.
+_OPCODES = {
+    *("PROTO", "STOP", "MARK", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("BINUNICODE", "BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("GLOBAL", "REDUCE", "BINPERSID"),
 }
 
 
@@ -67,7 +75,8 @@ def read_pt(path: Path) -> dict[str, Any]:
         TypeError,
         IndexError,
         AttributeError,
-        RecursionError,
+        OverflowError,
+        RuntimeError,
         MemoryError,
     ) as error:
         raise WakeError(f"{path}: damaged ({type(error).__name__}: {error}); give another file") from None
@@ -90,6 +99,8 @@ def _checked(path: Path, payload: Any) -> dict[str, Any]:
             problems.append(f"{path}: {key} has shape {shape}, num_wake is {payload.get('num_wake')}; they must agree")
         elif not bool(torch.isfinite(rows).all()):
             problems.append(f"{path}: {key} holds NaN or Inf; give an earlier file")
+        elif rows.shape != payload["embeddings"].shape:
+            problems.append(f"{path}: {key} has {rows.shape[1]} values a row, embeddings has not; give a whole file")
     if problems:
         raise WakeError("\n".join(problems))
     return {**payload, **{key: payload[key].float() for key in keys}}
@@ -102,7 +113,11 @@ class _TensorUnpickler(pickle.Unpickler):
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise pickle.UnpicklingError("it holds no single data.pkl")
-        super().__init__(io.BytesIO(archive.read(pickles[0])))
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise pickle.UnpicklingError("it is compressed, which torch.save never does")
+        code = archive.read(pickles[0])
+        _check_opcodes(code)
+        super().__init__(io.BytesIO(code))
         self._archive = archive
         self._folder = pickles[0].removesuffix("data.pkl")
 
@@ -117,8 +132,9 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         kind, dtype, key, _device, numel = pid
-        if kind != "storage" or dtype not in _STORAGES.values() or not str(key).isdigit():
-            raise pickle.UnpicklingError(f"it asks for a storage of kind {kind!r}")
+        known = isinstance(dtype, torch.dtype) and isinstance(key, str) and key.isdecimal() and isinstance(numel, int)
+        if not isinstance(kind, str) or kind != "storage" or not known:
+            raise pickle.UnpicklingError("it asks for something that is no storage of numbers")
         data = self._archive.read(f"{self._folder}data/{key}")
         storage = torch.frombuffer(bytearray(data), dtype=dtype)
         if storage.numel() != numel:
@@ -126,11 +142,23 @@ class _TensorUnpickler(pickle.Unpickler):
         return storage
 
 
+def _check_opcodes(code: bytes) -> None:
+    """Refuse a pickle that does more than torch.save's; `genops` reads it without running anything."""
+    for opcode, argument, _ in pickletools.genops(code):
+        if opcode.name not in _OPCODES:
+            raise pickle.UnpicklingError(f"it uses {opcode.name}")
+        if opcode.name == "LONG_BINPUT" and argument > len(code):
+            raise pickle.UnpicklingError("it asks for more memory than it can need")
+
+
 def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """Return a contiguous tensor over a whole storage; nothing else is in the seed's files."""
-    if not isinstance(storage, Tensor) or offset != 0 or math.prod(size) != storage.numel():
-        raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} does not fill its storage")
+    whole = all(isinstance(part, tuple) and all(type(n) is int and n >= 0 for n in part) for part in (size, stride))
+    if not isinstance(storage, Tensor) or not whole or type(offset) is not int or offset != 0:
+        raise pickle.UnpicklingError("a tensor is not a whole storage")
+    if math.prod(size) != storage.numel():
+        raise pickle.UnpicklingError(f"a tensor of shape {size} does not fill its storage of {storage.numel()} values")
     tensor = storage.reshape(size)
-    if tensor.stride() != tuple(stride):
-        raise pickle.UnpicklingError(f"a tensor has strides {tuple(stride)}, not those of its shape")
+    if tensor.stride() != stride:
+        raise pickle.UnpicklingError(f"a tensor has strides {stride}, not those of its shape")
     return tensor
