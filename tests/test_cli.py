@@ -13,7 +13,7 @@ import killing
 import pytest
 from tiny import make_recipe, write_recipe
 
-from wake2vec import cli, sentry
+from wake2vec import cli, preflight, sentry
 from wake2vec.rundir import RunDir
 
 
@@ -77,10 +77,8 @@ def test_bad_input_is_one_message_and_leaves_no_run(
 ) -> None:
     arguments, message = BAD_INPUTS[case]
     if case == "no space":
-        from wake2vec import resume
-
         usage = type("Usage", (), {"free": 1000})
-        monkeypatch.setattr(resume.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage)
     assert wake2vec("train", recipe, *arguments) == 1
     out = capsys.readouterr()
     assert message in out.err

@@ -32,7 +32,7 @@ def test_useless_text_is_refused(content: bytes, wanted: str, tmp_path: Path) ->
 
 
 def test_text_that_is_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WakeError, match="no such file; put the text there or set data.text"):
+    with pytest.raises(WakeError, match=r"no such file; put the text there or set data\.text"):
         read_text(tmp_path / "none.txt")
     with pytest.raises(WakeError, match="cannot be read"):
         read_text(tmp_path)

@@ -181,6 +181,13 @@ def test_ends_of_new_words(base: PreTrainedTokenizerFast) -> None:
     assert found == ["riverrun", "g\u00e9n\u00e9rations", "\u00e9t\u00e9"]
 
 
+def test_ends_reach_the_end_of_a_text_whose_end_is_dropped() -> None:
+    base = tiny.byte_level()
+    base.backend_tokenizer.normalizer = normalizers.Strip()
+    ids, ends = tokens.encode(base, "  x  ")
+    assert (len(ids), ends) == (1, [5])
+
+
 # What is in a text ----------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +197,7 @@ def test_names_of_special_tokens_are_plain_text(base: PreTrainedTokenizerFast) -
     ids, _ = tokens.encode(base, text)
     assert not special & set(ids)
     assert tokens.decode(base, ids) == text
+    assert tokens.decode(base, [base.eos_token_id]) == base.eos_token
 
 
 def test_marker_in_a_text_is_refused(base: PreTrainedTokenizerFast) -> None:
@@ -294,6 +302,7 @@ def test_saved_files_name_nothing_that_one_stack_lacks(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(config.get("extra_special_tokens"), list)
+    assert "added_tokens_decoder" not in config
     assert "<|pad|>" in from_folder(tmp_path, "byte_level").all_special_tokens
 
 

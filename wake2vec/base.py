@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from wake2vec import hub
 from wake2vec.errors import WakeError
 
 # transformers 5 loads shards asynchronously otherwise and can reserve far more GPU memory than it uses
@@ -21,7 +22,6 @@ os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 # says at import that an optional CPU kernel, which it would fetch from the hub, is not there
 logging.getLogger("bitsandbytes.backends.utils").setLevel(logging.ERROR)
 
-_FOLDER_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 _LEAST_TOKENS = 16
 _EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
 
@@ -54,46 +54,17 @@ def identify(name: str, source: str, commit: str | None) -> BaseId:
     was_folder = commit is not None and commit.startswith("sha256:")
     if was_folder or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise WakeError(f"base model {name}: no such folder; check model.base (working directory {Path.cwd()})")
-    return BaseId(name, source, _resolve_on_hub(name, commit))
+    return BaseId(name, source, hub.resolve_commit(name, commit))
 
 
 def _hash_folder(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise WakeError(f"base model {folder}: has no config.json; give a folder in Hugging Face format")
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in _FOLDER_FILES for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in (*hub.MODEL_FILES, "*.safetensors") for path in folder.glob(pattern)}):
         with open(path, "rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-def _resolve_on_hub(name: str, commit: str | None) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(hf_hub_download(name, "config.json", revision=commit)).parent.name
-    except HFValidationError:
-        raise WakeError(f"base model {name}: neither a hub id nor a folder; check model.base") from None
-    except GatedRepoError:
-        raise WakeError(f"base model {name}: gated; accept its licence on the hub and set HF_TOKEN") from None
-    except RevisionNotFoundError:
-        raise WakeError(f"base model {name}: commit {commit} is not on the hub any more; start another run") from None
-    except RepositoryNotFoundError:
-        raise WakeError(f"base model {name}: not on the hub, or private; check model.base and HF_TOKEN") from None
-    except LocalEntryNotFoundError:
-        raise WakeError(
-            f"base model {name}: not in the cache and the hub cannot be reached; connect, or fetch it beforehand"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise WakeError(f"base model {name}: the hub did not give it ({error}); try again") from None
 
 
 def load_tokenizer(base: BaseId) -> Any:
@@ -112,6 +83,19 @@ def load_tokenizer(base: BaseId) -> Any:
     if not tokenizer.is_fast or len(tokenizer) < _LEAST_TOKENS:
         raise WakeError(f"base model {base.name}: it has no fast tokenizer; add its tokenizer.json")
     return tokenizer
+
+
+def load_config(base: BaseId) -> Any:
+    """Return the base model's transformers configuration."""
+    _quieten()
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise WakeError(
+            f"base model {base.name}: its config.json cannot be loaded ({_first_line(error)}); put it back"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -150,8 +134,9 @@ def load(base: BaseId, vocab_size: int, *, quantization: str, compute_dtype: str
         WakeError: it cannot be loaded, or its head is of a kind that the loss does not compute.
     """
     _quieten()
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    config = load_config(base)
     dtype = getattr(torch, compute_dtype)
     options: dict[str, Any] = {}
     if quantization == "nf4":
@@ -162,7 +147,6 @@ def load(base: BaseId, vocab_size: int, *, quantization: str, compute_dtype: str
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        config = AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
         attention = "eager" if config.model_type in _EAGER_ATTENTION else "sdpa"
         causal_lm, loaded = AutoModelForCausalLM.from_pretrained(
             base.source,

@@ -1,5 +1,6 @@
 """The `wake2vec` command."""
 
+import errno
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import typer
 from wake2vec import __version__, config, console, rundir
 from wake2vec.errors import Stopped, WakeError
 
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
 
 app = typer.Typer(
@@ -27,6 +29,12 @@ app = typer.Typer(
 
 RunsOption = Annotated[Path, typer.Option("--runs", envvar="WAKE2VEC_RUNS", help="The folder where runs lie.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a TOML file.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key; the value in TOML. Repeatable.")
+]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or the path of its folder.")]
 
 
@@ -47,13 +55,8 @@ def _wake2vec(
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a TOML file.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key; the value in TOML. Repeatable."),
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
     name: Annotated[
         str | None,
         typer.Option("--run", metavar="NAME", envvar="WAKE2VEC_RUN", help="The run's name; by default the recipe's."),
@@ -118,7 +121,7 @@ def sentries(
     runs: RunsOption = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:
-    """List a run's sentries, each read back against its hash; import, convert or prune them."""
+    """List, verify, import, convert or prune sentries."""
     run = rundir.find_run(runs, name)
     from wake2vec import keeping
 
@@ -144,6 +147,34 @@ def sentries(
         for entry in listed
     ]
     console.print_table(f"{run.path}", ["sentry", "step", "val nats", "MiB", "age", "state"], rows)
+
+
+@app.command()
+def fetch(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Download a base model ahead of time."""
+    _, parsed = config.load_recipe(recipe, overrides or [])
+    from wake2vec import base, hub, preflight
+
+    if parsed.model.base.startswith("demo:"):
+        raise WakeError(f"recipe {recipe}: its base model is made at first use; nothing to fetch")
+    found = base.identify(parsed.model.base, parsed.model.base, None)
+    if found.revision is not None:
+        preflight.check_download(found)
+        typer.echo(f"{found.name} {found.commit}: {hub.download(found.name, found.commit)}", err=True)
+
+
+@app.command()
+def doctor(runs: RunsOption = Path("runs"), as_json: JsonOption = False) -> None:
+    """Say whether a run can start here, and the mend."""
+    from wake2vec import doctor
+
+    found = list(doctor.checks(runs))
+    if as_json:
+        typer.echo(json.dumps([check._asdict() for check in found]))
+    else:
+        for check in found:
+            typer.echo(f"{check.state:5}{check.what:12}{check.found}")
+    doctor.raise_if_failed(found)
 
 
 def _age(saved_unix_s: float) -> str:
@@ -175,9 +206,9 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in _DISK_ERRORS:
             return _bug()
-        return _fail(f"{error.filename}: {error.strerror}; check the disk, its space and the file's owner")
+        return _fail(f"{error.filename or 'disk'}: {error.strerror}; check the disk, its space and the file's owner")
     except Exception:  # the one place where every exception ends
         return _bug()
     return DONE

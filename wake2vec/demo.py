@@ -82,7 +82,7 @@ def _say_nothing(line: str) -> None:
 def prepare(folder: Path, say: Callable[[str], None] = _say_nothing, pretraining: Pretraining = PRETRAINING) -> None:
     """Make the demo's folder unless it is there: complete or absent, whoever else is making it or was killed at it.
 
-    `say` is given a line every few seconds, and may raise to end the work.
+    `say` is given a line of progress every few seconds.
 
     Raises:
         WakeError: the folder cannot be made, or is there without all of its files.
@@ -110,13 +110,11 @@ def _is_prepared(folder: Path) -> bool:
 def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Wait until no other process makes this folder; the kernel lets go of a killed one's lock."""
     with open(folder.with_name(f"{folder.name}.lock"), "ab") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                say("demo: another process is making the base model; waiting for it")
-                time.sleep(5)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("demo: another process is making the base model; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

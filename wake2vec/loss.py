@@ -182,7 +182,7 @@ def _add_row_gradient(rows_grad_ND: Tensor, grad_CW: Tensor, hidden_CD: Tensor) 
     """Add grad^T @ hidden of the first N columns to the rows' gradient, in its own, wider dtype."""
     num_new = rows_grad_ND.shape[0]
     if rows_grad_ND.dtype == hidden_CD.dtype:
-        rows_grad_ND.addmm_(grad_CW[:, :num_new].T, hidden_CD, beta=0)
+        rows_grad_ND.addmm_(grad_CW[:, :num_new].T, hidden_CD)
         return
     for first in range(0, num_new, _GRAD_SLICE_ROWS):
         slice_SD = rows_grad_ND[first : first + _GRAD_SLICE_ROWS]

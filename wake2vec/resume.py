@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,10 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wake2vec import __version__, base, identity, sentry
+from wake2vec import __version__, base, identity, preflight, sentry
 from wake2vec.config import Recipe
 from wake2vec.environment import stack as installed_stack
-from wake2vec.errors import WakeError
 from wake2vec.identity import Inputs
 from wake2vec.metrics import MetricsLog
 from wake2vec.model import WakeModel
@@ -110,8 +108,8 @@ def resume(
     if recipe.train.exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    preflight.check(recipe, run, inputs.base, inputs.num_new_tokens)
     frozen = _load_base(recipe, inputs, console.say)
-    _check_space(recipe, run, inputs, frozen)
     if record is None:
         record = identity.begin_record(run, inputs, stack, __version__)
     for folder in (run.path, run.sentries, run.snapshots):
@@ -182,18 +180,3 @@ def _plan(recipe: Recipe, inputs: Inputs, frozen: base.FrozenBase) -> Plan:
         dtype_bytes=frozen.table_VD.element_size(),
         free_bytes=max(0, free_memory(frozen.device) - row_bytes * (3 if frozen.tied else 5)),
     )
-
-
-def _check_space(recipe: Recipe, run: RunDir, inputs: Inputs, frozen: base.FrozenBase) -> None:
-    """Refuse to start where the volume cannot hold the sentries that are kept and the one being written."""
-    matrices = (1 if frozen.tied else 2) * (1 if recipe.train.optimizer == "adafactor" else 3)
-    sentry_bytes = 4 * inputs.num_new_tokens * frozen.table_VD.shape[1] * matrices + 2**20
-    kept_for_good = recipe.train.max_steps // recipe.run.keep_every + 1 if recipe.run.keep_every else 0
-    held = sum(file.stat().st_size for file in run.sentries.glob("*.safetensors"))
-    needed = sentry_bytes * (recipe.run.keep_last + kept_for_good + 2) - held
-    free = shutil.disk_usage(run.path).free
-    if free < needed:
-        raise WakeError(
-            f"{run.path}: {free / 2**30:.2f} GiB free, the run's sentries need {needed / 2**30:.2f} GiB; "
-            "free space, lower run.keep_last, or raise run.keep_every"
-        )

@@ -147,7 +147,7 @@ def _check_opcodes(code: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(code):
         if opcode.name not in _OPCODES:
             raise pickle.UnpicklingError(f"it uses {opcode.name}")
-        if opcode.name == "LONG_BINPUT" and argument > len(code):
+        if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(code):
             raise pickle.UnpicklingError("it asks for more memory than it can need")
 
 

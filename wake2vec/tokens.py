@@ -31,6 +31,15 @@ _MAX_MIXED = 2000  # words in the second, costlier part of the self-check
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SETTINGS = ("model_max_length", "padding_side", "truncation_side", "model_input_names", "chat_template")
 
+_PLAIN: dict[str, Any] = {
+    "truncation": False,
+    "padding": False,
+    "split_special_tokens": True,
+    "return_attention_mask": False,
+    "return_token_type_ids": False,
+    "verbose": False,  # no warning about a text longer than the model's context
+}
+
 
 @dataclass(frozen=True)
 class WakeTokens:
@@ -88,8 +97,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], li
     """Return the token ids of a text, without BOS or EOS, and each token's end offset in the text in characters.
 
     The ends never decrease and the last one is len(text): tokens i..j stand for ends[j] - ends[i-1] characters. Of a
-    character that several tokens share, the first token counts as its owner. A special token's name in the text is
-    plain text.
+    character that several tokens share, the first token counts as its owner; white space that a tokenizer trims off a
+    token's end (Llama 3 does) counts to the next token. A special token's name in the text is plain text.
 
     Raises:
         WakeError: the text contains MARKER.
@@ -177,24 +186,16 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the sha256 of the serialised tokenizer, keys sorted, without the passing state of its last call.
+    """Return the sha256 of all that decides ids and text: vocabulary, merges, added tokens, normaliser and so on, BOS.
 
-    The two stacks build some model families differently (transformers 5 changes Llama 2's normaliser on loading): the
-    hash may differ between them for the same files.
+    Left out is what the stacks write differently without a difference in ids, and the passing state of the last call.
+    Gemma alone differs between them: transformers 5 drops its pre-tokenizer.
     """
     state = json.loads(_fast(tokenizer).backend_tokenizer.to_str())
-    state["truncation"] = state["padding"] = None
-    return hashlib.sha256(json.dumps(state, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-_PLAIN: dict[str, Any] = {
-    "truncation": False,
-    "padding": False,
-    "split_special_tokens": True,
-    "return_attention_mask": False,
-    "return_token_type_ids": False,
-    "verbose": False,  # no warning about a text longer than the model's context
-}
+    parts = {name: state[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "decoder")}
+    parts["model"] = {name: value or None for name, value in state["model"].items()}  # "" or null: no prefix
+    parts["bos_id"] = bos_id(tokenizer)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
@@ -207,13 +208,7 @@ def _fast(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    backend = tokenizer.backend_tokenizer
-    post_processor = backend.post_processor
-    backend.post_processor = None  # without special tokens to add, all it does is to trim spaces off the offsets
-    try:
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **_PLAIN)
-    finally:
-        backend.post_processor = post_processor
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **_PLAIN)
     return encoding["input_ids"], encoding["offset_mapping"]
 
 
