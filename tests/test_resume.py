@@ -1,5 +1,6 @@
 """A run that was killed ends to the bit like one that never was."""
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,8 @@ from wake2vec.rundir import RunDir
 from wake2vec.train import train
 
 InChild = Callable[..., int]
-# 10 blocks of 16 tokens a step: an epoch ends inside step 8, and at the end of none
-CHANGES: dict[str, dict[str, Any]] = {}
+# 147 blocks, so that the first epoch ends with step 7
+CHANGES: dict[str, dict[str, Any]] = {"train": {"batch_size": 21}}
 LAST = 12
 
 
@@ -43,6 +44,7 @@ def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory, in_child: 
     folder = tmp_path_factory.mktemp("reference") / "run"
     assert in_child(killing.run, inputs, folder, CHANGES, "never", 0) == 0
     run = RunDir(folder)
+    assert json.loads(run.identity.read_text())["identity"]["num_train_blocks"] == 7 * 21
     assert len(numbers(run)) == 4 + 4 + 1  # lines at 3 6 9 12, evaluations at 0 5 10 12, the control
     return run
 
@@ -78,8 +80,17 @@ def test_run_killed_twice_ends_the_same(inputs: Path, tmp_path: Path, in_child: 
     assert_same_end(RunDir(folder), reference)
 
 
-@pytest.mark.parametrize(("point", "step"), [c for c in CUTS if c[0] != "in evaluation"] + [("in evaluation", 5)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+SIGNALS = [
+    ("after step", 1, signal.SIGTERM),
+    ("in step", 4, signal.SIGTERM),
+    ("in step", 4, signal.SIGINT),
+    ("in update", 4, signal.SIGTERM),
+    ("in evaluation", 5, signal.SIGINT),
+    ("in save", 4, signal.SIGTERM),
+]
+
+
+@pytest.mark.parametrize(("point", "step", "number"), SIGNALS)
 def test_signal_saves_the_last_finished_step(
     point: str, step: int, number: int, inputs: Path, tmp_path: Path, in_child: InChild, reference: RunDir
 ) -> None:
