@@ -53,7 +53,7 @@ class Clone:
     def shorten_demo(self, cache: str, *overrides: str) -> None:
         """Change recipe keys of the demo, as a user's own override file would; its base model lies in `cache`.
 
-        One thread: the machine may be busy, and torch's threads wait for one another by spinning.
+        One thread: the machine may be busy.
         """
         command = ["wake2vec", "train", "demo", *(word for pair in overrides for word in ("--set", pair))]
         demo = {"command": command, "environment": {"OMP_NUM_THREADS": "1"}}
