@@ -27,11 +27,12 @@ def make_params(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
 
 
 def dense_gradient(step: int, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a gradient whose rows, columns and steps differ in size, with a row of zeros."""
+    """Return a gradient whose rows, columns and steps differ in size, with zeros, from the first step on too."""
     generator = torch.Generator().manual_seed(100 * step + (name == "head"))
     grad_ND = torch.randn(N, D, dtype=torch.float64, generator=generator)
     grad_ND *= torch.logspace(-3, 1, N, dtype=torch.float64)[:, None] * torch.linspace(0.1, 3, D, dtype=torch.float64)
     grad_ND[step % N] = 0
+    grad_ND[:, 3] *= step >= 4
     return (grad_ND * (1 + step % 3)).to(dtype)
 
 
@@ -301,6 +302,7 @@ def test_nothing_asks_the_device_for_a_value(kind: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("gradient", [dense_gradient, sparse_gradient])
 @pytest.mark.parametrize("kind", KINDS)

@@ -157,6 +157,7 @@ def test_gemma2_scales_embeddings_that_are_passed_in() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("table_on_gpu", [True, False])
 def test_a_gpu_gives_the_same_and_is_not_waited_for(table_on_gpu: bool) -> None:

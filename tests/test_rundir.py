@@ -120,6 +120,23 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
             raise AssertionError("held")
 
 
+def test_lock_file_that_was_just_removed_is_not_taken_for_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, flock, calls = RunDir(tmp_path / "run"), rundir.fcntl.flock, []
+
+    def removed_meanwhile(descriptor: int, operation: int) -> None:
+        flock(descriptor, operation)
+        calls.append(descriptor)
+        if len(calls) == 1:
+            run.lock.unlink()
+
+    monkeypatch.setattr(rundir.fcntl, "flock", removed_meanwhile)
+    with hold(run):
+        assert len(calls) == 2
+        assert str(os.getpid()) in run.lock.read_text()
+
+
 @pytest.mark.parametrize("name", ["qwen14b", "demo-2", "a.b_c", "Éire"])
 def test_name_of_a_new_run(name: str, tmp_path: Path) -> None:
     assert new_run(tmp_path, name).path == tmp_path / name

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers_tiny as tiny
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -318,6 +318,19 @@ def test_sha256_tells_tokenizers_apart_and_ignores_the_last_call(base: PreTraine
     assert len(hashes) == 5
     one(["a", "b c d"], truncation=True, max_length=2)
     assert tokens.tokenizer_sha256(one) in hashes
+
+
+def test_sha256_covers_vocabulary_and_bos_but_not_the_stacks_spelling() -> None:
+    base = tiny.sentencepiece_metaspace()
+    smaller = tiny.sentencepiece_metaspace(vocab_size=490)
+    without_bos = tiny.sentencepiece_metaspace()
+    without_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    assert len({tokens.tokenizer_sha256(tokenizer) for tokenizer in (base, smaller, without_bos)}) == 3
+    state = json.loads(base.backend_tokenizer.to_str())
+    assert state["model"]["continuing_subword_prefix"] is None
+    state["model"]["continuing_subword_prefix"] = ""  # as transformers 5 builds Qwen2's
+    spelled = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>")
+    assert tokens.tokenizer_sha256(spelled) == tokens.tokenizer_sha256(base)
 
 
 def test_bos_id(kind: str, base: PreTrainedTokenizerFast) -> None:

@@ -92,7 +92,7 @@ def load_config(base: BaseId) -> Any:
 
     try:
         return AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WakeError(
             f"base model {base.name}: its config.json cannot be loaded ({_first_line(error)}); put it back"
         ) from None

@@ -58,14 +58,14 @@ class Pretraining:
 
     vocab_size: int = 2048
     """Tokens, <|endoftext|> with them; the matrices have some rows more."""
-    hidden_size: int = 192
+    hidden_size: int = 128
     """A multiple of 64, the block of NF4; so is `intermediate_size`."""
-    intermediate_size: int = 512
+    intermediate_size: int = 384
     num_layers: int = 4
-    num_heads: int = 6
+    num_heads: int = 4
     num_kv_heads: int = 2
-    steps: int = 300
-    batch_size: int = 16
+    steps: int = 500
+    batch_size: int = 8
     seq_len: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.1

@@ -105,6 +105,7 @@ def import_pt(run: RunDir, path: Path) -> str:
         header = {
             **start.header,
             "step": payload["step"],
+            "optimizer_step": 0,
             "window": {"loss_sum": 0.0, "num_steps": 0},
             "best_step": None,
             "val_loss_nats": None,

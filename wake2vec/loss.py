@@ -53,8 +53,8 @@ def split_cross_entropy(
 
     Memory beside the arguments and results, with W = V + N: chunk_tokens * W * 4 bytes in float32, 6 in bfloat16 or
     float16 (2 for the logits, 4 for their exponentials), 8 in float32 with a soft-cap; and the new rows in the hidden
-    states' dtype where they have another: all N of them, cast once, or `chunk_rows` at a time, cast
-    again for every chunk of tokens. Nothing waits for the device. Multiples of 64 make the fastest chunks.
+    states' dtype where they have another: all N of them, cast once, or `chunk_rows` at a time (a multiple of 8, or it
+    is slow), cast again for every chunk of tokens. Nothing waits for the device.
     """
     assert targets_M.shape == hidden_MD.shape[:1], f"{tuple(targets_M.shape)} targets, hidden {tuple(hidden_MD.shape)}"
     words = _Words(head_VD, rows_ND, hidden_MD.dtype, chunk_rows)

@@ -237,7 +237,7 @@ def _load_state(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
         f"optimizer state {name}: {given.get(name, 'nothing')} is saved, {wanted.get(name, 'nothing')} is needed; "
         "continue with the model and optimizer that saved it, or start another run"
         for name in sorted(wanted.keys() | given.keys())
-        if name not in given
+        if wanted.get(name) != given.get(name)
     ]
     if problems:
         raise WakeError("\n".join(problems))

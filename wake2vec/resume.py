@@ -85,6 +85,7 @@ class Training:
             "step": self.step,
             "identity": self.record["identity_sha256"],
             "stack": self.record["stack"]["name"],
+            "optimizer_step": self.optimizer.step_count,  # less than `step` where rows were imported
             "plan": self.plan.as_json(),
             "window": {"loss_sum": self.window.loss_sum, "num_steps": self.window.num_steps},
             "best_step": self.metrics.best_step(),
@@ -123,7 +124,7 @@ def resume(
     model = WakeModel(frozen, rows, chunk_tokens=plan.chunk_tokens, checkpointing=plan.checkpointing)
     optimizer = make_optimizer(recipe.train.optimizer, model.rows, weight_decay=recipe.train.weight_decay)
     if found:
-        optimizer.load_state_tensors(_named(found.tensors, "optimizer/"), step)
+        optimizer.load_state_tensors(_named(found.tensors, "optimizer/"), found.header["optimizer_step"])
     metrics = MetricsLog(run, step)
     writer = SentryWriter(
         run,

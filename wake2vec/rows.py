@@ -45,8 +45,8 @@ def base_radius(table_VD: Tensor) -> float:
     total = total_sq = 0.0
     for start in range(0, table_VD.shape[0], _SLICE_ROWS):
         slice_SD = table_VD[start : start + _SLICE_ROWS].float()
-        total += slice_SD.sum(dtype=torch.float64).item()
-        total_sq += slice_SD.square().sum(dtype=torch.float64).item()
+        total += slice_SD.sum().item()
+        total_sq += slice_SD.square().sum().item()
     count = table_VD.numel()
     variance = (total_sq - total * total / count) / (count - 1)
     return math.sqrt(max(variance, 0.0) * table_VD.shape[1])

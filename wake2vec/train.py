@@ -143,6 +143,11 @@ def _after_step(training: Training, stop: StopSignal) -> None:
 def _evaluate(training: Training) -> None:
     """Put the losses on held-out text on record; at the start the base model's too: the number a run must beat."""
     values = _losses(training, training.model.token_losses, training.inputs.val_blocks)
+    if not math.isfinite(values["val/loss_nats"]):
+        raise WakeError(
+            f"step {training.step}: loss {values['val/loss_nats']} on the held-out text; the sentry of step "
+            f"{training.writer.saved_step} is whole and kept; begin another run with a lower train.learning_rate"
+        )
     if training.step == 0:
         base = _losses(training, training.model.base_token_losses, training.inputs.base_val_blocks)
         values["base/bits_per_char"] = base["val/bits_per_char"]
