@@ -60,7 +60,8 @@ RUN --mount=type=cache,target=/root/.cache/uv,sharing=locked \
  && uv pip sync --python /opt/wake2vec --require-hashes --compile-bytecode /opt/lock.txt \
  && echo "$STACK" >/opt/wake2vec/wake2vec-stack
 # The plain Ubuntu base has none of the NVIDIA variables. The user may be any uid, even one without an entry: hence
-# HOME, USER, and the modes below, which a new volume takes over.
+# HOME, USER, and the modes below, which a new volume takes over. OMP: threads that wait by spinning made the demo eight
+# times slower on a busy machine.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PATH=/opt/wake2vec/bin:$PATH \
@@ -74,6 +75,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     TRITON_CACHE_DIR=/cache/wake2vec/triton \
     TORCHINDUCTOR_CACHE_DIR=/cache/wake2vec/inductor \
     MPLCONFIGDIR=/tmp/matplotlib \
+    OMP_WAIT_POLICY=PASSIVE \
     WAKE2VEC_CACHE=/cache/wake2vec \
     WAKE2VEC_RUNS=/runs
 RUN groupadd --gid 10001 wake2vec \

@@ -50,10 +50,14 @@ class Clone:
             "BASE_IMAGE": os.environ.get("BASE_IMAGE", "wake2vec-standin:latest"),
         }
 
-    def shorten_demo(self, *overrides: str) -> None:
-        """Change recipe keys of the demo, as a user's own override file would."""
+    def shorten_demo(self, cache: str, *overrides: str) -> None:
+        """Change recipe keys of the demo, as a user's own override file would; its base model lies in `cache`.
+
+        One thread: the machine may be busy.
+        """
         command = ["wake2vec", "train", "demo", *(word for pair in overrides for word in ("--set", pair))]
-        override = {"services": {"demo": {"command": command}}}
+        demo = {"command": command, "environment": {"OMP_NUM_THREADS": "1"}}
+        override = {"services": {"demo": demo}, "volumes": {"cache": {"name": cache, "external": True}}}
         (self.folder / "docker-compose.override.yml").write_text(json.dumps(override))
 
     def compose(

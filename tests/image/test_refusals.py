@@ -42,9 +42,9 @@ def test_another_huggingface_hub_is_refused(drifted: str) -> None:
     assert "Traceback" not in done.stdout
 
 
-def test_drift_that_was_allowed_is_on_record(drifted: str) -> None:
-    options = ("--env", "WAKE2VEC_ALLOW_DRIFT=1")
-    script = "wake2vec train demo --set train.max_steps=2 >&2 && cat /runs/demo/run.json"
+def test_drift_that_was_allowed_is_on_record(drifted: str, cache: str) -> None:
+    options = ("--env", "WAKE2VEC_ALLOW_DRIFT=1", "--env", "OMP_NUM_THREADS=1", "--volume", f"{cache}:/cache/wake2vec")
+    script = "wake2vec train demo --set train.max_steps=2 --set train.warmup_steps=1 >&2 && cat /runs/demo/run.json"
     done = start("sh", "-c", script, image=drifted, options=options)
     record = json.loads(done.stdout[done.stdout.index("\n{") :])
     assert record["stack"]["drift"]["moved"] == [["huggingface-hub", "0.36.0", OTHER_HUB]]
