@@ -260,7 +260,7 @@ def pretrain(
     config: Mapping[str, object], ids_K: Tensor, pretraining: Pretraining, say: Callable[[str], None]
 ) -> Qwen2ForCausalLM:
     """Train a model from scratch in float32 on random stretches of a text; the caller's random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(pretraining.seed)
         model = Qwen2ForCausalLM(Qwen2Config.from_dict(dict(config))).float()
         model.train()
@@ -281,6 +281,20 @@ def pretrain(
                     f"loss {loss.item():.2f}, {left_s:.0f} s left"
                 )
     return model
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one core: the same model on any number of them, and no waiting for cores that others use.
+
+    Measured on two cores: 60 s in place of 39 s when idle, 150 s in place of 230 s when busy.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _parameter_groups(model: Qwen2ForCausalLM, weight_decay: float) -> list[dict[str, object]]:
