@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wake2vec.base import FrozenBase
 from wake2vec.loss import split_cross_entropy
-from wake2vec.overlay import WakeOverlay
+from wake2vec.overlay import WakeOverlay, to_device
 
 
 class WakeModel:
@@ -57,7 +57,7 @@ class WakeModel:
         hidden_MD = self._hidden(blocks_BT)
         nll_M, grad_MD = split_cross_entropy(
             hidden_MD.detach(),
-            blocks_BT[:, 1:].flatten(),
+            to_device(blocks_BT[:, 1:].flatten(), self.base.device),
             self.base.head_VD,
             self.head_rows.detach(),
             softcap=self.base.softcap,
@@ -73,7 +73,7 @@ class WakeModel:
         """Return the loss in nats of every scored position M = B * seq_len; 0 where there is no token."""
         nll_M, _ = split_cross_entropy(
             self._hidden(blocks_BT),
-            blocks_BT[:, 1:].flatten(),
+            to_device(blocks_BT[:, 1:].flatten(), self.base.device),
             self.base.head_VD,
             self.head_rows.detach(),
             softcap=self.base.softcap,
@@ -87,7 +87,7 @@ class WakeModel:
         base = self.base
         nll_M, _ = split_cross_entropy(
             base.hidden(base.table_VD[blocks_BT[:, :-1].clamp(min=0)]).flatten(0, 1),
-            blocks_BT[:, 1:].flatten(),
+            to_device(blocks_BT[:, 1:].flatten(), self.base.device),
             base.head_VD,
             self.head_rows.detach()[:0],
             softcap=base.softcap,
