@@ -23,7 +23,7 @@ os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _LEAST_TOKENS = 16
-_EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
+EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def load(base: BaseId, vocab_size: int, *, quantization: str, compute_dtype: str
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        attention = "eager" if config.model_type in _EAGER_ATTENTION else "sdpa"
+        attention = "eager" if config.model_type in EAGER_ATTENTION else "sdpa"
         causal_lm, loaded = AutoModelForCausalLM.from_pretrained(
             base.source,
             revision=base.revision,

@@ -22,12 +22,15 @@ class HostStash:
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._depth = 0
-        self._ahead: tuple[int, Tensor] | None = None
+        self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
+        self._coming: tuple[int, Tensor, torch.cuda.Event] | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def clear(self) -> None:
         """Forget what an unfinished pass left."""
-        self._depth, self._ahead = 0, None
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        self._depth, self._leaving, self._coming = 0, None, None
 
     def put(self, tensor: Tensor) -> int:
         """Copy a tensor out; return its place."""
@@ -36,35 +39,42 @@ class HostStash:
             self._buffers.append(_host_buffer(tensor))
         elif self._buffers[place].shape != tensor.shape:
             self._buffers[place] = _host_buffer(tensor)
-        if self._stream is None and tensor.is_cuda:
-            self._stream = torch.cuda.Stream(tensor.device)
-        if self._stream is None:
+        if not tensor.is_cuda:
             self._buffers[place].copy_(tensor)
             return place
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._buffers[place].copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)
+        self._stream = self._stream or torch.cuda.Stream(tensor.device)
+        # The tensor is held here until its copy is over: by then the computation is a layer further.
+        if self._leaving is not None:
+            torch.cuda.current_stream().wait_event(self._leaving[1])
+        self._leaving = (tensor, self._copy(tensor, self._buffers[place]))
         return place
 
     def take(self, place: int, device: torch.device) -> Tensor:
         """Return the tensor of a place on its device, and begin to fetch the one before it."""
-        tensor = self._fetch(place, device)
-        self._depth, self._ahead = place, None
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            tensor.record_stream(torch.cuda.current_stream())
-            if place > 0:
-                self._ahead = (place - 1, self._fetch(place - 1, device))
+        if device.type != "cuda":
+            return self._buffers[place].clone()
+        if self._coming is None or self._coming[0] != place:
+            self._coming = self._fetch(place, device)
+        _, tensor, here = self._coming
+        torch.cuda.current_stream().wait_event(here)
+        self._depth, self._leaving = place, None
+        self._coming = self._fetch(place - 1, device) if place > 0 else None
         return tensor
 
-    def _fetch(self, place: int, device: torch.device) -> Tensor:
-        if self._ahead is not None and self._ahead[0] == place:
-            return self._ahead[1]
-        if self._stream is None:
-            return self._buffers[place].clone()
+    def _fetch(self, place: int, device: torch.device) -> tuple[int, Tensor, torch.cuda.Event]:
+        buffer = self._buffers[place]
+        tensor = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        return place, tensor, self._copy(buffer, tensor)
+
+    def _copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event:
+        """Copy beside the computation, after all of it that is under way; return the event of its end."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            return self._buffers[place].to(device, non_blocking=True)
+            target.copy_(source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
 
 
 def _host_buffer(tensor: Tensor) -> Tensor:
@@ -89,7 +99,7 @@ class Checkpointing:
             result: Tensor = output[0] if in_tuple[-1] else output
             return result
 
-        out_BTD = _Recomputed.apply(run, self.stash, hidden_BTD)
+        out_BTD: Tensor = _Recomputed.apply(run, self.stash, hidden_BTD)
         return (out_BTD,) if in_tuple[0] else out_BTD
 
 
