@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from wake2vec import hub
+import torch
+
+from wake2vec import hub, quantized
 from wake2vec.base import BaseId, load_config
 from wake2vec.config import Recipe
 from wake2vec.errors import WakeError
@@ -23,17 +25,21 @@ def check(recipe: Recipe, run: RunDir, base: BaseId, num_new_tokens: int) -> Non
         WakeError: with what is free, what is needed, and what to do.
     """
     config = load_config(base)
+    share = _share(recipe, base, config)
     problems = [_run_volume(recipe, run, config, num_new_tokens)]
     if base.revision is not None:
         size, missing = hub.download_sizes(base.name, base.revision)
-        problems += [_download(base, missing), _memory(recipe, config, size, num_new_tokens)]
+        if not _is_kept(recipe, base):
+            problems.append(_download(base, missing))
+        problems.append(_memory(config, size, share, num_new_tokens))
     found = [problem for problem in problems if problem]
     if found:
         raise WakeError("\n".join(found))
 
 
-def check_download(base: BaseId) -> None:
-    """Refuse a download that the cache's volume has no room for."""
+def check_download(recipe: Recipe, base: BaseId) -> None:
+    """Refuse a download that is of no use to a recipe, or that the cache's volume has no room for."""
+    _share(recipe, base, load_config(base))
     if base.revision is not None and (problem := _download(base, hub.download_sizes(base.name, base.revision)[1])):
         raise WakeError(problem)
 
@@ -56,14 +62,27 @@ def _download(base: BaseId, missing_bytes: int) -> str | None:
     return _too_little(folder, f"{base.name} needs", free, missing_bytes, "free space, or set HF_HOME to another disk")
 
 
-def _memory(recipe: Recipe, config: Any, size_bytes: int, num_new_tokens: int) -> str | None:
+def _share(recipe: Recipe, base: BaseId, config: Any) -> float:
+    """Return what share of the files' bytes beside the tables the body takes in memory."""
+    comes_quantized = quantized.is_quantized(config, base.name, recipe.model.quantization)
+    return _NF4_SHARE if recipe.model.quantization == "nf4" and not comes_quantized else 1.0
+
+
+def _is_kept(recipe: Recipe, base: BaseId) -> bool:
+    """Say whether the body was quantised and kept before: then the weights are not read again."""
+    if recipe.model.quantization != "nf4":
+        return False
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return quantized.Source.of(base.commit, recipe.model.compute_dtype, device).is_kept()
+
+
+def _memory(config: Any, size_bytes: int, share: float, num_new_tokens: int) -> str | None:
     """Compare the memory that is there with the least that base and rows take; a planner refines it later."""
     here = machine()
     name, total = ("this machine", here["memory_bytes"])
     if here["gpus"]:
         name, total = here["gpus"][0]["name"], here["gpus"][0]["memory_bytes"]
     tables = 2 * config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    share = _NF4_SHARE if recipe.model.quantization == "nf4" else 1.0
     rows = 8 * num_new_tokens * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     needed = round(max(0, size_bytes - tables) * share) + tables + rows
     return _too_little(name, "base and rows need", total or needed, needed, "use a card with more memory", "of memory")

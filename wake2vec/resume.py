@@ -154,6 +154,7 @@ def _load_base(recipe: Recipe, inputs: Inputs, say: Callable[[str], None]) -> ba
         quantization=recipe.model.quantization,
         compute_dtype=recipe.model.compute_dtype,
         device=device,
+        say=say,
     )
 
 
