@@ -114,6 +114,9 @@ def test_every_family_of_the_recipes_loads(
     assert frozen.causal_lm.training  # checkpointing asks for it
     embeds = frozen.table_VD[random_ids(vocab_size)]
     assert torch.equal(frozen.hidden(embeds), frozen.hidden(embeds))  # no dropout is left
+    again = load(path, vocab_size, quantization)  # in NF4, the body that was kept
+    assert base.fingerprint(again) == base.fingerprint(frozen)
+    assert torch.equal(again.hidden(embeds), frozen.hidden(embeds))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

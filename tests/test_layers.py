@@ -19,7 +19,7 @@ LAYERS = {
     4: {"train", "resume"},
     3: {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
-        *("machine", "demo", "identity", "keeping", "hub", "preflight", "kernels", "planner"),
+        *("machine", "demo", "identity", "keeping", "hub", "preflight", "kernels", "planner", "quantized"),
     },
     2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "checkpointing"},
     1: {"config", "rundir", "signals"},

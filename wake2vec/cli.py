@@ -197,8 +197,10 @@ def fetch(recipe: RecipeArgument, overrides: SetOption = None) -> None:
         raise WakeError(f"recipe {recipe}: its base model is made at first use; nothing to fetch")
     found = base.identify(parsed.model.base, parsed.model.base, None)
     if found.revision is not None:
-        preflight.check_download(found)
-        typer.echo(f"{found.name} {found.commit}: {hub.download(found.name, found.commit)}", err=True)
+        preflight.check_download(parsed, found)
+        with console.TrainConsole() as shown:
+            folder = hub.download(found.name, found.commit, shown.say)
+        typer.echo(f"{found.name} {found.commit}: {folder}", err=True)
 
 
 @app.command()

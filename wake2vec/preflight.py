@@ -3,8 +3,10 @@
 import shutil
 from pathlib import Path
 
-from wake2vec import hub
-from wake2vec.base import BaseId
+import torch
+
+from wake2vec import hub, quantized
+from wake2vec.base import BaseId, load_config
 from wake2vec.config import Recipe
 from wake2vec.errors import WakeError
 from wake2vec.machine import machine
@@ -22,15 +24,16 @@ def check(recipe: Recipe, run: RunDir, base: BaseId, work: Work) -> None:
         WakeError: with what is free, what is needed, and what to do.
     """
     problems = [_run_volume(recipe, run, work), _memory(work)]
-    if base.revision is not None:
+    if base.revision is not None and not _is_kept(recipe, base):
         problems.append(_download(base, hub.download_sizes(base.name, base.revision)[1]))
     found = [problem for problem in problems if problem]
     if found:
         raise WakeError("\n".join(found))
 
 
-def check_download(base: BaseId) -> None:
-    """Refuse a download that the cache's volume has no room for."""
+def check_download(recipe: Recipe, base: BaseId) -> None:
+    """Refuse a download that is of no use to a recipe, or that the cache's volume has no room for."""
+    quantized.is_quantized(load_config(base), base.name, recipe.model.quantization)
     if base.revision is not None and (problem := _download(base, hub.download_sizes(base.name, base.revision)[1])):
         raise WakeError(problem)
 
@@ -51,6 +54,14 @@ def _download(base: BaseId, missing_bytes: int) -> str | None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     return _too_little(folder, f"{base.name} needs", free, missing_bytes, "free space, or set HF_HOME to another disk")
+
+
+def _is_kept(recipe: Recipe, base: BaseId) -> bool:
+    """Say whether the body was quantised and kept before: then the weights are not read again."""
+    if recipe.model.quantization != "nf4":
+        return False
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return quantized.Source.of(base.commit, recipe.model.compute_dtype, device).is_kept()
 
 
 def _memory(work: Work) -> str | None:

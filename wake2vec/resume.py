@@ -239,6 +239,8 @@ def _load_base(
         quantization=recipe.model.quantization,
         compute_dtype=recipe.model.compute_dtype,
         device=device,
+        table_on_host=plan.table_on_host,
+        say=say,
     )
 
 
