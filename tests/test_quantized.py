@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.functional
@@ -15,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny import Quiet, make_base, make_recipe
 from tokenizers_tiny import byte_level
 
-from wake2vec import base, preflight, quantized
+from wake2vec import base, preflight, quantized, resume
 from wake2vec.errors import WakeError
-from wake2vec.rundir import RunDir
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = len(byte_level())
@@ -327,7 +327,7 @@ def test_nf4_checkpoint_contradicts_a_recipe_without_quantisation(in_nf4: Path, 
         load(known(in_nf4), quantization="none")
     recipe = make_recipe(tmp_path)
     with pytest.raises(WakeError, match=message):
-        preflight.check(recipe, RunDir(tmp_path), known(in_nf4), 10)
+        resume.plan_work(recipe, SimpleNamespace(base=known(in_nf4), num_new_tokens=10))
     with pytest.raises(WakeError, match=message):
         preflight.check_download(recipe, known(in_nf4))
 

@@ -174,7 +174,7 @@ def load(
     if source and not kept:
         quantized.keep(source, causal_lm, folder / "config.json", say)
     if table_on_host and not frozen.tied:
-        frozen = _with_table_on_host(frozen)
+        frozen = with_table_on_host(frozen)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the table's old place
     return frozen
@@ -243,7 +243,8 @@ def _no_warmup() -> Iterator[None]:
         modeling_utils.caching_allocator_warmup = plain
 
 
-def _with_table_on_host(frozen: FrozenBase) -> FrozenBase:
+def with_table_on_host(frozen: FrozenBase) -> FrozenBase:
+    """Return the base with its input table in host memory, pinned beside a GPU."""
     embedding = frozen.causal_lm.get_input_embeddings()
     host_VD = torch.empty_like(embedding.weight, device="cpu", pin_memory=embedding.weight.is_cuda)
     embedding.weight = nn.Parameter(host_VD.copy_(embedding.weight), requires_grad=False)

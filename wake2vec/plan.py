@@ -206,7 +206,7 @@ def estimate(plan: Plan, work: Work) -> Estimate:
     stored = held[plan.activations]
     backward = stored + transient + (0 if plan.activations == "kept" else layer)
     loss = _loss_bytes(plan, work, tokens)
-    updating = 4 * work.hidden_size * (4 * _SLICE_ROWS + 2 * work.batch_size * work.seq_len)
+    updating = 4 * work.hidden_size * (4 * _slice_rows(work) + 2 * work.batch_size * work.seq_len)
     return Estimate(
         body=body,
         head=work.matrix_bytes,
@@ -219,6 +219,10 @@ def estimate(plan: Plan, work: Work) -> Estimate:
         peak=fixed + max(backward, stored + loss, updating),
         host=(table_bytes if plan.table_on_host else 0) + (inputs if plan.activations == "offloaded" else 0),
     )
+
+
+def _slice_rows(work: Work) -> int:
+    return min(_SLICE_ROWS, work.num_new_tokens)
 
 
 def _layer_bytes(plan: Plan, work: Work, tokens: int) -> int:
@@ -244,6 +248,6 @@ def _loss_bytes(plan: Plan, work: Work, tokens: int) -> int:
     words = work.vocab_size + work.num_new_tokens
     chunk = min(plan.chunk_tokens, tokens)
     scores = chunk * words * (6 if half else 8 if work.softcap else work.element_bytes)
-    rows = (work.num_new_tokens * work.element_bytes + 4 * _SLICE_ROWS) * work.hidden_size if half else 0
+    rows = (work.num_new_tokens * work.element_bytes + 4 * _slice_rows(work)) * work.hidden_size if half else 0
     hidden = 2 * tokens * work.hidden_size * work.element_bytes + 2 * chunk * work.hidden_size * 4
     return scores + rows + hidden

@@ -3,6 +3,7 @@
 A run's own plan is followed as long as it fits, so that a resume computes the same numbers.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,34 +36,34 @@ def make_plan(
     """
     fitting = [
         filled
-        for plan in _candidates(work, fused=fused, host_is_apart=host_is_apart)
-        if (like is None or plan.table_on_host == like.table_on_host)
-        and (filled := _with_kept_layers(plan, work, limit_bytes)) is not None
+        for plan in _candidates(work, fused=fused, host_is_apart=host_is_apart, like=like)
+        if (filled := _with_kept_layers(plan, work, limit_bytes)) is not None
     ]
     return min(fitting, key=lambda plan: (_cost(plan, work), estimate(plan, work).peak), default=None)
 
 
 def leaner_plan(plan: Plan, work: Work, *, host_is_apart: bool) -> Plan | None:
-    """Return the fastest plan that takes clearly less than one that ran out of memory, or None."""
-    limit_bytes = int(estimate(plan, work).peak * _STEP_DOWN)
-    return make_plan(work, limit_bytes, fused=plan.fused, host_is_apart=host_is_apart, like=plan)
+    """Return a plan after one ran out of memory: the fastest that takes clearly less, else the leanest, else None."""
+    before = estimate(plan, work).peak
+    found = make_plan(work, int(before * _STEP_DOWN), fused=plan.fused, host_is_apart=host_is_apart, like=plan)
+    last = found or leanest(work, fused=plan.fused, host_is_apart=host_is_apart, like=plan)
+    return last if estimate(last, work).peak < before else None
 
 
-def leanest(work: Work, *, fused: bool, host_is_apart: bool) -> Plan:
+def leanest(work: Work, *, fused: bool, host_is_apart: bool, like: Plan | None = None) -> Plan:
     """Return the plan that takes least."""
-    return min(_candidates(work, fused=fused, host_is_apart=host_is_apart), key=lambda plan: estimate(plan, work).peak)
+    plans = _candidates(work, fused=fused, host_is_apart=host_is_apart, like=like)
+    return min(plans, key=lambda plan: estimate(plan, work).peak)
 
 
-def _candidates(work: Work, *, fused: bool, host_is_apart: bool) -> Iterator[Plan]:
-    for size in range(work.batch_size, 0, -1):
-        if work.batch_size % size:
-            continue
-        chunks = [c for c in _CHUNKS if c < size * work.seq_len] + [size * work.seq_len]
-        for activations in ACTIVATIONS if host_is_apart else ACTIVATIONS[:2]:
-            for table_on_host in {False, host_is_apart and not work.tied}:
-                for chunk in chunks:
-                    if chunk <= _CHUNKS[0]:
-                        yield Plan(size, activations, chunk, table_on_host, 0, fused)
+def _candidates(work: Work, *, fused: bool, host_is_apart: bool, like: Plan | None) -> Iterator[Plan]:
+    sizes = [size for size in range(work.batch_size, 0, -1) if work.batch_size % size == 0]
+    activations = ACTIVATIONS if host_is_apart else ACTIVATIONS[:2]
+    tables = [False, True] if host_is_apart and not work.tied else [False]
+    for size, where, table in itertools.product(sizes, activations, tables if like is None else [like.table_on_host]):
+        tokens = size * work.seq_len
+        for chunk in [c for c in _CHUNKS if c < tokens] + [min(tokens, _CHUNKS[0])]:
+            yield Plan(size, where, chunk, table, 0, fused)
 
 
 def _with_kept_layers(plan: Plan, work: Work, limit_bytes: int) -> Plan | None:

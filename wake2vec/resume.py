@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wake2vec import __version__, base, identity, preflight, sentry
+from wake2vec import __version__, base, identity, preflight, quantized, sentry
 from wake2vec.config import Recipe
 from wake2vec.environment import stack as installed_stack
 from wake2vec.identity import Inputs
@@ -202,9 +202,15 @@ def _sweep(run: RunDir) -> None:
 
 
 def plan_work(recipe: Recipe, inputs: Inputs) -> Work:
-    """Return what a run's plan is made for."""
+    """Return what a run's plan is made for.
+
+    Raises:
+        WakeError: the base model is of a kind that cannot be trained on.
+    """
+    config = base.load_config(inputs.base)
+    quantized.is_quantized(config, inputs.base.name, recipe.model.quantization)
     return read_work(
-        base.load_config(inputs.base),
+        config,
         name=inputs.base.name,
         quantization=recipe.model.quantization,
         compute_dtype=recipe.model.compute_dtype,
