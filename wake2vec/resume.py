@@ -140,9 +140,11 @@ def resume(
         f"tokens, micro-batch {plan.micro_batch_size} of {recipe.train.batch_size}"
     )
     window = LossWindow(**found.header["window"]) if found else LossWindow()
-    return Training(
+    training = Training(
         run, recipe, inputs, record, model, optimizer, plan, metrics, writer, console, step=step, window=window
     )
+    writer.reserve(training.tensors())
+    return training
 
 
 def _load_base(recipe: Recipe, inputs: Inputs, say: Callable[[str], None]) -> base.FrozenBase:
