@@ -366,7 +366,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for axis, tied in zip(axes, (False, True), strict=True):
         bits = _collect(results, tied, "val/bits_per_char")
         base_bits = statistics.mean(bits[BASE])
-        edge = max(v for values in bits.values() for v in values if v < 1.15 * base_bits) + 0.02 * base_bits
+        edge = max(v for values in bits.values() for v in values if v < 1.3 * base_bits) + 0.02 * base_bits
         for name, values in bits.items():
             mean, y = statistics.mean(values), -names.index(name)
             shown = min(mean, edge)
