@@ -46,10 +46,11 @@ def test_where_things_lie_changes_nothing(inputs: Path, tmp_path: Path) -> None:
         "plain": Plan(4, "kept", 64),
         "kept": Plan(4, "kept", 64, kept_layers=2),
         "recomputed": Plan(4, "recomputed", 64),
-        "offloaded": Plan(4, "offloaded", 64, table_on_host=True, kept_layers=1),
-        "fused": Plan(4, "offloaded", 64, table_on_host=True, fused=True),
+        "offloaded": Plan(4, "offloaded", 64, table_on_host=True, kept_layers=1, shared_buffer=True),
+        "fused": Plan(4, "offloaded", 64, table_on_host=True, shared_buffer=True, fused=True),
+        "buffer": Plan(4, "kept", 64, shared_buffer=True),
     }
     found = {name: rows(run_to_end(inputs, tmp_path / name, changes, plan=plan)) for name, plan in plans.items()}
-    for name in ("kept", "recomputed", "offloaded", "fused"):
+    for name in ("kept", "recomputed", "offloaded", "fused", "buffer"):
         for key, tensor in found["plain"].items():
             torch.testing.assert_close(found[name][key], tensor, rtol=2e-4, atol=2e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023

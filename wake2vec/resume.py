@@ -164,7 +164,7 @@ def resume(
     if found and plan != saved:
         note_plan(run, record, console.say, step=step, before=found.header["plan"], plan=plan)
     window = LossWindow(**found.header["window"]) if found else LossWindow()
-    return Training(
+    training = Training(
         run,
         recipe,
         inputs,
@@ -179,6 +179,8 @@ def resume(
         step=step,
         window=window,
     )
+    writer.reserve(training.tensors())
+    return training
 
 
 def _device(recipe: Recipe, options: Options) -> torch.device:

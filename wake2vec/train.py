@@ -77,6 +77,19 @@ def is_done(run: RunDir, recipe: Recipe) -> bool:
     return finished and run.sentry(recipe.train.max_steps).exists()
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """What a step's forward and backward leave beside the rows' gradients, which are those of the summed loss.
+
+    Attributes:
+        loss: mean nats a token over the step, 0-dim; `norm`: of that mean's gradient.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    num_scored: int
+
+
 def _loop(training: Training, stop: StopSignal) -> None:
     """Run the steps that are left; on `Stopped` the rows are those of `training.step`."""
     train = training.recipe.train
@@ -91,13 +104,40 @@ def _loop(training: Training, stop: StopSignal) -> None:
         rate = learning_rate_at(
             step, learning_rate=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
         )
-        training.optimizer.step(rate, clip_scale(gradient.norm, train.max_grad_norm) / gradient.num_scored)
+        _update(training, gradient, rate)
+        # Read only now: the device has the update to compute while the numbers come.
+        loss, norm = float(gradient.loss), float(gradient.norm)
+        _check_finite(training, step, loss, norm)
         training.step = step
-        training.window.add(gradient.loss, time.monotonic() - started)
-        _log(training, rate, float(gradient.norm))
+        training.window.add(loss, time.monotonic() - started)
+        _log(training, rate, norm)
         _after_step(training, stop)
         stop.check()
     _finish(training, stop)
+
+
+def _update(training: Training, gradient: Gradient, rate: float) -> None:
+    """Update the rows in place."""
+    scale = clip_scale(gradient.norm, training.recipe.train.max_grad_norm) / gradient.num_scored
+    try:
+        training.optimizer.step(rate, scale)
+    except torch.OutOfMemoryError as error:
+        raise WakeError(
+            f"out of memory in the update of step {training.step + 1} ({str(error).splitlines()[0]}); free the card of "
+            f"other programs; the sentry of step {training.writer.saved_step} is whole and kept, and the same command "
+            "goes on from it"
+        ) from None
+
+
+def _check_finite(training: Training, step: int, loss: float, norm: float) -> None:
+    """Stop before rows that hold NaN or Inf could be saved."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise WakeError(
+        f"step {step}: loss {loss}, gradient norm {norm}, blocks {_indices(training, step)}; the sentry of step "
+        f"{training.writer.saved_step} is whole and kept; look at these blocks, or begin another run with a lower "
+        "train.learning_rate"
+    )
 
 
 def _try_plan(training: Training) -> None:
@@ -144,27 +184,11 @@ def _step_down(training: Training) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """What a step's forward and backward leave beside the rows' gradients, which are those of the summed loss."""
-
-    loss: float
-    norm: Tensor
-    num_scored: int
-
-
 def _gradient(training: Training, step: int) -> Gradient:
-    """Fill the rows' gradients with those of a step; loss and norm are those of its mean, in nats a token."""
+    """Fill the rows' gradients with those of a step; nothing waits for the device."""
     losses, num_scored = _sums(training, step, training.recipe.train.batch_size)
     norm = grad_norm(training.model.rows.values()) / num_scored
-    loss = float(torch.stack(losses).sum()) / num_scored
-    if not math.isfinite(loss) or not math.isfinite(float(norm)):
-        raise WakeError(
-            f"step {step}: loss {loss}, gradient norm {float(norm)}, blocks {_indices(training, step)}; the sentry of "
-            f"step {training.writer.saved_step} is whole and kept; look at these blocks, or begin another run with a "
-            "lower train.learning_rate"
-        )
-    return Gradient(loss, norm, num_scored)
+    return Gradient(torch.stack(losses).sum() / num_scored, norm, num_scored)
 
 
 def _sums(training: Training, step: int, num_blocks: int) -> tuple[list[Tensor], int]:
