@@ -42,6 +42,7 @@ from wake2vec.plan import Plan, Work, estimate, read_work
 from wake2vec.planner import USABLE, choose_plan
 
 WARM_UP = 3
+GROUP = 4
 GIB = 2**30
 LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5}
 QWEN_14B = {
@@ -148,19 +149,25 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
 
 
-def timed(step: Callable[[], Tensor | float], num_steps: int, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """Run steps; return seconds (median, smallest, largest), peak memory and the first and last loss."""
-    seconds, losses = [], []
+def timed(step: Callable[[], Tensor], num_steps: int, warm_up: int = WARM_UP) -> dict[str, Any]:
+    """Run steps, a few at a time without waiting in between, as training does.
+
+    Returns:
+        Seconds a step (median, smallest and largest of the groups), peak memory, the first and the last loss.
+    """
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(warm_up + num_steps):
+    losses = [float(step()) for _ in range(warm_up)]
+    seconds = []
+    for start in range(0, num_steps, GROUP):
+        count = min(GROUP, num_steps - start)
         torch.cuda.synchronize()
         started = time.perf_counter()
-        losses.append(float(step()))
+        group = [step() for _ in range(count)]
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    counted = seconds[warm_up:]
+        seconds.append((time.perf_counter() - started) / count)
+        losses += [float(loss) for loss in group]
     return {
-        "step_s": [round(value, 4) for value in (statistics.median(counted), min(counted), max(counted))],
+        "step_s": [round(value, 4) for value in (statistics.median(seconds), min(seconds), max(seconds))],
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "loss_nats": [round(losses[0], 4), round(losses[-1], 4)],
         "falls": losses[-1] < losses[0],
@@ -191,7 +198,7 @@ def floor(num_steps: int) -> None:
     layers = [[_random(*shape) for shape in shapes] for _ in range(8)]  # more than the caches hold
     head, inputs = _random(words, 5120), {size: _random(tokens, size) for size in (5120, 1024, 13_824)}
 
-    def step() -> float:
+    def step() -> Tensor:
         for index in range(48):
             for weight in layers[index % 8]:
                 inputs[weight.shape[1]] @ weight.T
@@ -202,7 +209,7 @@ def floor(num_steps: int) -> None:
         for index in range(48):
             for weight in layers[index % 8]:
                 inputs[weight.shape[0]] @ weight
-        return 0.0
+        return torch.zeros(())
 
     say(what="floor", **{key: value for key, value in timed(step, num_steps).items() if key in ("step_s",)})
 
@@ -219,8 +226,8 @@ def earlier(model: Any, num_steps: int) -> None:
     model.train()
     blocks = random_blocks(vocab_size + new, 16, 128).cuda()
 
-    def step() -> float:
-        total = 0.0
+    def step() -> Tensor:
+        total = torch.zeros((), device="cuda")
         for block_BT in blocks.split(1):
             ids_BT = block_BT[:, :-1]
             new_BT = ids_BT >= vocab_size
@@ -231,7 +238,7 @@ def earlier(model: Any, num_steps: int) -> None:
             logits_BTV = hidden_BTD @ torch.cat([table_VD, rows_ND.detach().to(table_VD.dtype)]).T
             loss = functional.cross_entropy(logits_BTV.float().flatten(0, 1), block_BT[:, 1:].flatten()) / 16
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_([rows_ND], 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -256,15 +263,15 @@ def peft_trainable_tokens(num_steps: int) -> None:
     optimizer = transformers.Adafactor(trained, lr=5e-4, scale_parameter=False, relative_step=False, warmup_init=False)
     blocks = random_blocks(vocab_size + new, 16, 128).cuda()
 
-    def step(size: int) -> float:
-        total = 0.0
+    def step(size: int) -> Tensor:
+        total = torch.zeros((), device="cuda")
         for block_BT in blocks.split(size):
             with torch.autocast("cuda", torch.bfloat16):
                 logits_BTV = model(input_ids=block_BT[:, :-1], use_cache=False).logits
             loss = functional.cross_entropy(logits_BTV.float().flatten(0, 1), block_BT[:, 1:].flatten())
             loss = loss * size / 16
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -309,12 +316,12 @@ def ours(frozen: base.FrozenBase, work: Work, recipe: Any, plan: Plan, num_steps
     blocks = random_blocks(vocab_size + work.num_new_tokens, work.batch_size, work.seq_len).to(model.ids_device)
     num_scored = work.batch_size * work.seq_len
 
-    def step() -> float:
+    def step() -> Tensor:
         model.zero_grad()
         losses = [model.backward(micro) for micro in blocks.split(plan.micro_batch_size)]
         norm = grad_norm(model.rows.values()) / num_scored
         optimizer.step(recipe.train.learning_rate, clip_scale(norm, recipe.train.max_grad_norm) / num_scored)
-        return float(torch.stack(losses).sum()) / num_scored
+        return torch.stack(losses).sum() / num_scored
 
     free()
     try:
@@ -328,7 +335,7 @@ def ours(frozen: base.FrozenBase, work: Work, recipe: Any, plan: Plan, num_steps
     say(**said, plan=plan.as_json(), **found)
 
 
-def idle_share(step: Callable[[], float], num_steps: int = 10) -> float:
+def idle_share(step: Callable[[], Tensor], num_steps: int = 10) -> float:
     """Return the share of ten steps' time in which no kernel ran."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -15,7 +15,8 @@ from types import MethodType
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.backends.cuda.ops import _dequantize_4bit_impl
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional
@@ -71,9 +72,20 @@ def _same(weight_OI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _unpack(module: Any, out_OI: Tensor | None = None) -> Tensor:
-    weight_OI: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state, out=out_OI)
+def _unpack(module: Any) -> Tensor:
+    weight_OI: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
     return weight_OI
+
+
+@torch.no_grad()
+def _unpack_into(module: Any, out_OI: Tensor) -> None:
+    if not out_OI.is_cuda:
+        out_OI.copy_(_unpack(module))
+        return
+    state = module.weight.quant_state
+    scales_K = dequantize_blockwise(state.absmax, state.state2).add_(state.offset) if state.nested else state.absmax
+    # bitsandbytes 0.49.2 has an operator with `out`, which takes no shape for the right one: this is what it calls
+    _dequantize_4bit_impl(module.weight.data, scales_K, state.blocksize, state.quant_type, out_OI.dtype, out=out_OI)
 
 
 class _SharedBuffer:
@@ -88,6 +100,7 @@ class _SharedBuffer:
         self._weights = [torch.empty_like(_unpack(module)) for module in layers[0]]
         self._holds: int | None = None
         on_gpu = self._weights[0].is_cuda
+        self._unpack(0)  # whatever is set up at first use is no part of a graph
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._graphs = [self._capture(number) for number in range(len(layers))] if on_gpu else []
 
@@ -104,10 +117,7 @@ class _SharedBuffer:
 
     def _unpack(self, number: int) -> None:
         for module, weight_OI in zip(self._layers[number], self._weights, strict=True):
-            if weight_OI.is_cuda:
-                _unpack(module, weight_OI)
-            else:
-                weight_OI.copy_(_unpack(module))
+            _unpack_into(module, weight_OI)
 
     def _capture(self, number: int) -> torch.cuda.CUDAGraph:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -115,8 +125,10 @@ class _SharedBuffer:
         with torch.cuda.stream(stream):
             # not torch.cuda.graph: it collects garbage before each capture
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            self._unpack(number)
-            graph.capture_end()
+            try:
+                self._unpack(number)
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph
 

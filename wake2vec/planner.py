@@ -26,7 +26,7 @@ _ELEMENTWISE = 0.25
 """Time of norms, activations and attention over that of the matrix products."""
 _UNPACK_BYTES_PER_S = 1.7e12
 """16-bit bytes that bitsandbytes writes a second."""
-_CALL_LAYER_S, _CALL_UNPACK_S = 1.0e-3, 1.4e-3
+_CALL_LAYER_S, _CALL_UNPACK_S = 1.8e-3, 1.4e-3
 """Time that Python takes for a pass through a layer, and for unpacking its matrices one by one."""
 _LOSS_S, _CHUNK_S = 9e-9, 1.5e-12
 """Time of the loss a token and word row of 5,120 values, and of a chunk a word and value."""

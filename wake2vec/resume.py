@@ -55,6 +55,16 @@ class LossWindow:
         self.num_timed += 1
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A step whose numbers the device may still be computing; `loss` and `norm` are 0-dim."""
+
+    step: int
+    rate: float
+    loss: Tensor
+    norm: Tensor
+
+
 @dataclass
 class Training:
     """A run in memory; `step` is the last finished one, and the rows are always those after it."""
@@ -72,6 +82,8 @@ class Training:
     console: Console
     step: int
     window: LossWindow
+    pending: list[Pending] = field(default_factory=list)
+    settled_at: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)
     beat_at: float = -math.inf
 

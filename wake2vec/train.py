@@ -27,12 +27,13 @@ from wake2vec.optimizer import clip_scale, grad_norm
 from wake2vec.overlay import to_device
 from wake2vec.plan import estimate
 from wake2vec.planner import leaner_plan
-from wake2vec.resume import Console, LossWindow, Options, Training, note_plan, resume
+from wake2vec.resume import Console, LossWindow, Options, Pending, Training, note_plan, resume
 from wake2vec.rundir import RunDir, hold, write_json
 from wake2vec.schedule import learning_rate_at
 from wake2vec.signals import StopSignal
 
 _HEARTBEAT_GAP_S = 5.0
+_SETTLE_GAP_S = 1.0
 _USUAL = Options()
 T = TypeVar("T")
 
@@ -60,6 +61,7 @@ def train(recipe: Recipe, run: RunDir, console: Console, options: Options = _USU
         try:
             _loop(training, stop)
         except Stopped:
+            _settle(training)
             if training.writer.wait() != training.step:
                 training.writer.save_now(training.tensors(), training.header())
             console.say(f"stopped after step {training.step}, saved")
@@ -96,8 +98,8 @@ def _loop(training: Training, stop: StopSignal) -> None:
     with stop.interruptible():
         _try_plan(training)
     _after_step(training, stop)
+    training.settled_at = time.monotonic()
     for step in range(training.step + 1, train.max_steps + 1):
-        started = time.monotonic()
         with stop.interruptible():
             gradient = _within_memory(training, lambda: _gradient(training, step))  # noqa: B023 - called at once
         training.writer.wait_for_copy()
@@ -105,15 +107,36 @@ def _loop(training: Training, stop: StopSignal) -> None:
             step, learning_rate=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
         )
         _update(training, gradient, rate)
-        # Read only now: the device has the update to compute while the numbers come.
-        loss, norm = float(gradient.loss), float(gradient.norm)
-        _check_finite(training, step, loss, norm)
         training.step = step
-        training.window.add(loss, time.monotonic() - started)
-        _log(training, rate, norm)
-        _after_step(training, stop)
-        stop.check()
+        training.pending.append(Pending(step, rate, gradient.loss, gradient.norm))
+        if _is_due(training) or stop.received:
+            _settle(training)
+            _after_step(training, stop)
+            training.settled_at = time.monotonic()
+            stop.check()
     _finish(training, stop)
+
+
+def _is_due(training: Training) -> bool:
+    """Say whether a step's numbers are wanted now; a GPU is not kept waiting for them after every step."""
+    run, step = training.recipe.run, training.step
+    if training.model.base.device.type != "cuda" or step == training.recipe.train.max_steps:
+        return True
+    intervals = [run.log_every, run.eval_every, run.snapshot_every or run.log_every]
+    return any(step % every == 0 for every in intervals) or time.monotonic() - training.settled_at >= _SETTLE_GAP_S
+
+
+def _settle(training: Training) -> None:
+    """Wait for the steps under way and take their numbers; nothing is saved before this has found them finite."""
+    if not training.pending:
+        return
+    numbers = torch.stack([torch.stack([p.loss, p.norm.to(p.loss)]) for p in training.pending]).tolist()
+    seconds = (time.monotonic() - training.settled_at) / len(training.pending)
+    for pending, (loss, norm) in zip(training.pending, numbers, strict=True):
+        _check_finite(training, pending.step, loss, norm)
+        training.window.add(loss, seconds)
+        _log(training, pending, norm)
+    training.pending.clear()
 
 
 def _update(training: Training, gradient: Gradient, rate: float) -> None:
@@ -255,23 +278,23 @@ def _record(training: Training, values: dict[str, float]) -> None:
     training.console.log(training.step, values)
 
 
-def _log(training: Training, rate: float, norm: float) -> None:
-    """Show the step and, where a line is due, put the mean over the steps since the last one on record."""
+def _log(training: Training, pending: Pending, norm: float) -> None:
+    """Show a step and, where a line is due, put the mean over the steps since the last one on record."""
     train, window, metrics = training.recipe.train, training.window, training.metrics
     step_s = window.seconds / window.num_timed
     values = {
         "train/loss_nats": window.loss_sum / window.num_steps,
-        "optim/learning_rate": rate,
+        "optim/learning_rate": pending.rate,
         "optim/grad_norm": norm,
         "time/step_s": step_s,
         "throughput/tokens_per_s": train.batch_size * training.recipe.data.seq_len / step_s,
         "memory/peak_gib": training.model.peak_memory_bytes() / 2**30,
     }
     val = {key: value for key in ("val/loss_nats", "val/bits_per_char") if (value := metrics.value(key)) is not None}
-    training.console.step(training.step, train.max_steps, {**values, **val})
-    if training.step % training.recipe.run.log_every == 0 or training.step == train.max_steps:
-        metrics.append(training.step, values)
-        training.console.log(training.step, values)
+    training.console.step(pending.step, train.max_steps, {**values, **val})
+    if pending.step % training.recipe.run.log_every == 0 or pending.step == train.max_steps:
+        metrics.append(pending.step, values)
+        training.console.log(pending.step, values)
         training.window = LossWindow()
 
 
