@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.functional
@@ -15,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny import Quiet, make_base, make_recipe
 from tokenizers_tiny import byte_level
 
-from wake2vec import base, preflight, quantized
+from wake2vec import base, preflight, quantized, resume
 from wake2vec.errors import WakeError
-from wake2vec.rundir import RunDir
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = len(byte_level())
@@ -158,19 +158,23 @@ def test_room_for_a_download_is_not_asked_for_where_the_body_is_kept(
 ) -> None:
     monkeypatch.setattr(preflight.hub, "download_sizes", lambda *_: (10**6, 10**16))
     monkeypatch.setattr(base.BaseId, "files", lambda _: plain_folder)
+    for other in ("_run_volume", "_memory"):
+        monkeypatch.setattr(preflight, other, lambda *_: None)
+    run: Any = None
+    work: Any = None
     recipe = make_recipe(tmp_path, {"model": {"quantization": "nf4", "compute_dtype": "bfloat16"}})
     identity = base.BaseId("org/tiny", "org/tiny", "d" * 40)
     with pytest.raises(WakeError, match=r"org/tiny needs 9313225\.75 GiB"):
-        preflight.check(recipe, RunDir(tmp_path), identity, 10)
+        preflight.check(recipe, run, identity, work)
     monkeypatch.setattr(base, "_whole_folder", lambda *_: plain_folder)
     load(identity)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = quantized.Source.of(identity.commit, "bfloat16", torch.device(device))
     source.folder.mkdir(exist_ok=True)
     (source.folder / "manifest.json").touch()
-    preflight.check(recipe, RunDir(tmp_path), identity, 10)
+    preflight.check(recipe, run, identity, work)
     with pytest.raises(WakeError, match="org/tiny needs"):
-        preflight.check(make_recipe(tmp_path), RunDir(tmp_path), identity, 10)  # not quantised: the weights are read
+        preflight.check(make_recipe(tmp_path), run, identity, work)  # not quantised: the weights are read
 
 
 # --- damage
@@ -347,7 +351,7 @@ def test_nf4_checkpoint_contradicts_a_recipe_without_quantisation(in_nf4: Path, 
         load(known(in_nf4), quantization="none")
     recipe = make_recipe(tmp_path)
     with pytest.raises(WakeError, match=message):
-        preflight.check(recipe, RunDir(tmp_path), known(in_nf4), 10)
+        resume.plan_work(recipe, SimpleNamespace(base=known(in_nf4), num_new_tokens=10))
     with pytest.raises(WakeError, match=message):
         preflight.check_download(recipe, known(in_nf4))
 

@@ -25,7 +25,7 @@ os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _LEAST_TOKENS = 16
-_EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
+EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def load(
     if source and not kept:
         quantized.keep(source, causal_lm, folder / "config.json", say)
     if table_on_host and not frozen.tied:
-        frozen = _with_table_on_host(frozen)
+        frozen = with_table_on_host(frozen)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the table's old place
     return frozen
@@ -208,7 +208,7 @@ def _load_folder(folder: Path, name: str, quantization: str, compute_dtype: str,
                 output_loading_info=True,
                 dtype=getattr(torch, compute_dtype),
                 device_map={"": device},
-                attn_implementation="eager" if config.model_type in _EAGER_ATTENTION else "sdpa",
+                attn_implementation="eager" if config.model_type in EAGER_ATTENTION else "sdpa",
                 **options,
             )
     except (OSError, ValueError, SafetensorError) as error:
@@ -243,7 +243,8 @@ def _no_warmup() -> Iterator[None]:
         modeling_utils.caching_allocator_warmup = plain
 
 
-def _with_table_on_host(frozen: FrozenBase) -> FrozenBase:
+def with_table_on_host(frozen: FrozenBase) -> FrozenBase:
+    """Return the base with its input table in host memory, pinned beside a GPU."""
     embedding = frozen.causal_lm.get_input_embeddings()
     host_VD = torch.empty_like(embedding.weight, device="cpu", pin_memory=embedding.weight.is_cuda)
     embedding.weight = nn.Parameter(host_VD.copy_(embedding.weight), requires_grad=False)

@@ -33,6 +33,15 @@ app = typer.Typer(
 )
 
 RunsOption = Annotated[Path, typer.Option("--runs", envvar="WAKE2VEC_RUNS", help="The folder where runs lie.")]
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="SIZE",
+        envvar="WAKE2VEC_GPU_MEMORY",
+        help="Keep within so much of the GPU's memory, as on a smaller card: 15GiB.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a TOML file.")
@@ -70,17 +79,24 @@ def train(
     allow_stack_change: Annotated[
         bool, typer.Option("--allow-stack-change", help="Continue a run begun under other versions, on record.")
     ] = False,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Continue with a new plan for the memory that is there, on record.")
+    ] = False,
+    gpu_memory: GpuMemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start a run, continue it where it stopped, or report it as done."""
     recipe_name, parsed = config.load_recipe(recipe, overrides or [])
     run = rundir.new_run(runs, name or recipe_name)
+    limit_bytes = config.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
     from wake2vec.environment import check_stack
+    from wake2vec.resume import Options
     from wake2vec.train import train as train_run
 
     check_stack()
+    options = Options(allow_stack_change=allow_stack_change or None, replan=replan, gpu_memory_bytes=limit_bytes)
     with console.TrainConsole() as shown:
-        records = train_run(parsed, run, shown, allow_stack_change=allow_stack_change or None)
+        records = train_run(parsed, run, shown, options)
     _show_result(run, records, as_json)
 
 
@@ -152,6 +168,28 @@ def sentries(
         for entry in listed
     ]
     console.print_table(f"{run.path}", ["sentry", "step", "val nats", "MiB", "age", "state"], rows)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    gpu_memory: GpuMemoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a run would load and take, and how its steps would be cut up; loads no weights."""
+    _, parsed = config.load_recipe(recipe, overrides or [])
+    limit_bytes = config.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
+    from wake2vec import outlook
+
+    found = outlook.outlook(parsed, limit_bytes, lambda message: typer.echo(message, err=True))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for line in outlook.lines(found):
+        typer.echo(line)
+    rows = [[part, f"{size / 2**30:.2f}", f"{size / 1e9:.2f}"] for part, size in found["bytes"].items()]
+    console.print_table("", ["part", "GiB", "GB"], rows)
 
 
 @app.command()
