@@ -29,6 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from wake2vec import base, quantized
 
 CUDA = torch.device("cuda")
+VOCAB_SIZE = step.MODELS["qwen14b"][1]
 
 
 def main() -> None:
@@ -59,9 +60,10 @@ def build_and_keep(folder: Path) -> str:
     """Build the body on the card and keep it as the base that `known` names."""
     folder.mkdir(parents=True)
     Qwen2Config(**step.QWEN_14B).save_pretrained(folder)
-    frozen = measure("build on the card", step.build_base)
+    causal_lm = measure("build on the card", lambda: step.build(Qwen2Config(**step.QWEN_14B)))
+    frozen = base.freeze(causal_lm, VOCAB_SIZE, "Qwen2.5-14B, random")
     source = quantized.Source.of(known(folder).commit, "bfloat16", CUDA)
-    measure("keep", lambda: quantized.keep(source, frozen.causal_lm, folder / "config.json", say))
+    measure("keep", lambda: quantized.keep(source, causal_lm, folder / "config.json", say))
     return base.fingerprint(frozen)
 
 
@@ -103,7 +105,7 @@ def known(folder: Path) -> base.BaseId:
 def load(folder: Path, table_on_host: bool) -> base.FrozenBase:
     """Load as `train` does."""
     settings = {"quantization": "nf4", "compute_dtype": "bfloat16", "device": CUDA}
-    return base.load(known(folder), step.BASE_VOCAB_SIZE, **settings, table_on_host=table_on_host, say=say)
+    return base.load(known(folder), VOCAB_SIZE, **settings, table_on_host=table_on_host, say=say)
 
 
 def say(message: str) -> None:
