@@ -122,7 +122,7 @@ def _is_due(training: Training) -> bool:
     run, step = training.recipe.run, training.step
     if training.model.base.device.type != "cuda" or step == training.recipe.train.max_steps:
         return True
-    intervals = [run.log_every, run.eval_every, run.snapshot_every or run.log_every]
+    intervals = [every for every in (run.log_every, run.eval_every, run.snapshot_every, run.keep_every) if every]
     return any(step % every == 0 for every in intervals) or time.monotonic() - training.settled_at >= _SETTLE_GAP_S
 
 
@@ -239,7 +239,8 @@ def _after_step(training: Training, stop: StopSignal) -> None:
             _evaluate(training)
     snapshot = run.snapshot_every > 0 and step > 0 and step % run.snapshot_every == 0
     if training.writer.saved_step != step:
-        urgent = snapshot or step in (0, train.max_steps, training.metrics.best_step())
+        kept = run.keep_every > 0 and step % run.keep_every == 0
+        urgent = snapshot or kept or step in (0, train.max_steps, training.metrics.best_step())
         _save(training, urgent=urgent, snapshot=snapshot)
     _beat(training)
 
