@@ -22,7 +22,7 @@ LAYERS = {
         *("machine", "demo", "identity", "keeping", "hub", "preflight"),
     },
     2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule"},
-    1: {"config", "rundir", "signals"},
+    1: {"config", "rundir", "scribe", "signals"},
     0: {"errors"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

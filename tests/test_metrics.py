@@ -46,7 +46,7 @@ def test_torn_last_line_is_left_out_and_mended(torn: str, run: RunDir) -> None:
         file.write(torn)
     whole = [*RECORDS, {"step": 9}] if torn.endswith("}") else RECORDS
     assert read_records(run.metrics) == whole
-    log = MetricsLog(run, step=9)
+    log = MetricsLog(run, step=9, say=print)
     log.append(10, {"a": 1})
     log.close()
     assert read_records(run.metrics) == [*whole, {"step": 10, "a": 1}]
@@ -65,7 +65,7 @@ def test_missing_file_has_no_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [-1, 0, 3, 4, 7, 8, 100])
 def test_opening_cuts_back_to_a_step(step: int, run: RunDir) -> None:
     wanted = [record for record in RECORDS if record["step"] <= step]
-    log = MetricsLog(run, step)
+    log = MetricsLog(run, step, print)
     log.close()
     assert log.records == wanted
     assert read_records(run.metrics) == wanted
@@ -73,7 +73,7 @@ def test_opening_cuts_back_to_a_step(step: int, run: RunDir) -> None:
 
 
 def test_append_is_on_disk_at_once_and_exact(run: RunDir) -> None:
-    log = MetricsLog(run, 0)
+    log = MetricsLog(run, 0, print)
     log.append(3, {"train/loss_nats": 0.1 + 0.2, "n": 7})
     log.sync()
     assert read_records(run.metrics)[-1] == {"step": 3, "train/loss_nats": 0.1 + 0.2, "n": 7}
@@ -83,7 +83,7 @@ def test_append_is_on_disk_at_once_and_exact(run: RunDir) -> None:
 
 
 def test_has_and_value_find_what_is_on_record(run: RunDir) -> None:
-    log = MetricsLog(run, 8)
+    log = MetricsLog(run, 8, print)
     log.close()
     assert log.has(4, "val/loss_nats")
     assert log.has(4, "train/loss_nats")
@@ -97,7 +97,7 @@ def test_has_and_value_find_what_is_on_record(run: RunDir) -> None:
 
 
 def test_best_step_is_that_of_the_lowest_held_out_loss(run: RunDir) -> None:
-    log = MetricsLog(run, 8)
+    log = MetricsLog(run, 8, print)
     assert log.best_step() == 4
     log.append(12, {"val/loss_nats": 3.25})
     assert log.best_step() == 4  # the first of equals
@@ -107,6 +107,6 @@ def test_best_step_is_that_of_the_lowest_held_out_loss(run: RunDir) -> None:
 
 
 def test_best_step_of_nothing_is_none(tmp_path: Path) -> None:
-    log = MetricsLog(RunDir(tmp_path), 0)
+    log = MetricsLog(RunDir(tmp_path), 0, print)
     log.close()
     assert log.best_step() is None

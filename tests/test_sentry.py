@@ -253,5 +253,5 @@ def test_a_power_cut_cannot_lose_the_folder(tmp_path: Path, monkeypatch: pytest.
     synced: list[Path] = []
     monkeypatch.setattr(rundir, "sync_folder", synced.append)
     rundir.make_folder(tmp_path / "a" / "b")
-    assert synced == [tmp_path, tmp_path / "a"]
+    assert synced == [tmp_path.parent, tmp_path, tmp_path / "a"]
     shutil.rmtree(tmp_path / "a")

@@ -1,13 +1,15 @@
 """A run brought into memory: from its newest sentry, or from the start."""
 
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from wake2vec import __version__, base, identity, preflight, sentry
@@ -52,6 +54,15 @@ class LossWindow:
         self.num_steps += 1
         self.seconds += seconds
         self.num_timed += 1
+
+
+class _Counters(BaseModel):
+    """What a resume takes from a sentry's header."""
+
+    model_config = ConfigDict(strict=True)
+    optimizer_step: Annotated[int, Field(ge=0)]
+    plan: Plan
+    window: LossWindow
 
 
 @dataclass
@@ -115,7 +126,7 @@ def resume(
         record = identity.begin_record(run, inputs, stack, __version__)
     for folder in (run.path, run.sentries, run.snapshots):
         sweep(folder)
-    found = sentry.newest(run, record["identity_sha256"], console.say)
+    found = sentry.newest(run, record["identity_sha256"], console.say, lambda found: _check(found, inputs, frozen))
     step = found.step if found else 0
     if crosses:
         identity.note(run, record, {"from_step": step, "stack_before": record["stack"]}, stack=stack.as_dict())
@@ -125,7 +136,7 @@ def resume(
     optimizer = make_optimizer(recipe.train.optimizer, model.rows, weight_decay=recipe.train.weight_decay)
     if found:
         optimizer.load_state_tensors(_named(found.tensors, "optimizer/"), found.header["optimizer_step"])
-    metrics = MetricsLog(run, step)
+    metrics = MetricsLog(run, step, console.say)
     writer = SentryWriter(
         run,
         keep_last=recipe.run.keep_last,
@@ -165,6 +176,27 @@ def _start(recipe: Recipe, inputs: Inputs, frozen: base.FrozenBase) -> dict[str,
         start_radius=recipe.tokens.start_radius,
         seed=recipe.train.seed,
     )
+
+
+def _check(found: sentry.Sentry, inputs: Inputs, frozen: base.FrozenBase) -> None:
+    """Refuse a sentry whose rows or counters cannot be this run's.
+
+    Raises:
+        DamagedError: naming the first thing that differs.
+    """
+    wanted = (inputs.num_new_tokens, frozen.table_VD.shape[1])
+    rows = {name: tuple(tensor.shape) for name, tensor in _named(found.tensors, "rows/").items()}
+    if rows != dict.fromkeys(["input"] if frozen.tied else ["input", "head"], wanted):
+        raise sentry.DamagedError(f"its rows are {rows}, the run's are {wanted}")
+    try:
+        _Counters.model_validate_json(json.dumps(found.header))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise sentry.DamagedError(f"its {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    known = {"plan": {field.name for field in fields(Plan)}, "window": {"loss_sum", "num_steps"}}
+    for name, keys in known.items():
+        if set(found.header[name]) != keys:
+            raise sentry.DamagedError(f"its {name} holds {', '.join(found.header[name])}")
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

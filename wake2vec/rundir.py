@@ -81,7 +81,7 @@ def _acquire(run: RunDir) -> int:
     while True:
         make_folder(run.path)
         try:
-            lock = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue  # another process has just given the folder up
         try:
@@ -114,8 +114,13 @@ def _holder(lock: Path) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, each one durable: a power cut after a later fsync inside cannot lose it."""
+    """Make a folder and its parents, each one durable: a power cut after a later fsync inside cannot lose it.
+
+    One that is there may have been made by a process that was killed before it could make it durable.
+    """
     if path.is_dir():
+        with contextlib.suppress(PermissionError):  # a parent that may not be read is not of our making
+            sync_folder(path.parent)
         return
     make_folder(path.parent)
     path.mkdir(exist_ok=True)
@@ -135,7 +140,7 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool
     """Write a file that is complete or absent: beside its name, then renamed; durable unless told otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=_open_plain) as file:
             for part in parts:
                 file.write(part)
             file.flush()
@@ -148,6 +153,11 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def _open_plain(path: str, flags: int) -> int:
+    """Open a file, but not through a symbolic link that somebody has put there."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def write_json(path: Path, content: Any, *, durable: bool = True) -> None:

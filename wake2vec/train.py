@@ -29,6 +29,8 @@ from wake2vec.schedule import learning_rate_at
 from wake2vec.signals import StopSignal
 
 _HEARTBEAT_GAP_S = 5.0
+_SNAPSHOT_WAIT_S = 30.0
+"""A snapshot waits so long for the save before it; on a volume slower than that it is skipped like any other."""
 
 
 def train(
@@ -196,7 +198,7 @@ def _save(training: Training, *, urgent: bool, snapshot: bool) -> None:
     if not urgent and not _save_due(training.recipe.run, since, time.monotonic() - training.saved_at):
         return
     if snapshot:
-        training.writer.wait()
+        training.writer.wait(_SNAPSHOT_WAIT_S)
     if training.writer.save(training.tensors(), training.header(), snapshot=snapshot):
         training.saved_at = time.monotonic()
 
@@ -210,7 +212,8 @@ def _beat(training: Training) -> None:
     """Tell health checks that the run is alive."""
     if time.monotonic() - training.beat_at >= _HEARTBEAT_GAP_S or training.step == training.recipe.train.max_steps:
         training.beat_at = time.monotonic()
-        write_json(training.run.heartbeat, {"step": training.step, "time": time.time()}, durable=False)
+        beat = {"step": training.step, "time": time.time()}
+        training.metrics.scribe.put("heartbeat.json", lambda: write_json(training.run.heartbeat, beat, durable=False))
 
 
 def _finish(training: Training, stop: StopSignal) -> None:

@@ -1,0 +1,23 @@
+"""Every attack, how often CI carries it out and how often `bench/torture.py` does."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from faults.kills import kills
+from faults.lab import Lab
+from faults.power import power_cuts, storms
+
+
+class Attack(NamedTuple):
+    """An attack: what carries it out and says what it did, and how often."""
+
+    carry_out: Callable[[Lab, int], str]
+    ci: int
+    long: int
+
+
+ATTACKS = {
+    "kill": Attack(kills, 40, 500),
+    "power cut": Attack(power_cuts, 20, 200),
+    "power cut, back-to-back saves": Attack(storms, 40, 1000),
+}

@@ -1,0 +1,42 @@
+"""Faults that are prepared inside the child, before the command starts, and what lets the harness look on."""
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from wake2vec import rundir, sentry, sentry_writer
+
+
+def acknowledge(file: Path) -> None:
+    """Append the step of every save that the trainer takes for durable to a file, on another volume."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    plain = sentry_writer.SentryWriter._write
+
+    def write(writer: sentry_writer.SentryWriter, header: dict[str, object], snapshot: bool) -> None:
+        plain(writer, header, snapshot)
+        if writer.saved_step == header["step"]:
+            os.write(descriptor, f"{header['step']}\n".encode())
+
+    sentry_writer.SentryWriter._write = write  # type: ignore[method-assign]
+
+
+def without_fsync() -> None:
+    """Make nothing durable: the control that shows that a power cut is one."""
+    rundir.os.fsync = lambda _descriptor: None  # type: ignore[attr-defined]
+
+
+def storm(folder: Path, acks: Path, prepare: Callable[[], None] | None) -> None:
+    """Save back to back until killed, through the trainer's own writer, and put every acknowledged step on record."""
+    if prepare is not None:
+        prepare()
+    acknowledge(acks)
+    run = rundir.RunDir(folder)
+    writer = sentry_writer.SentryWriter(run, keep_last=3, keep_every=0, before=lambda: None, say=lambda _: None)
+    for step in itertools.count():
+        tensors = {"rows/input": torch.full((64, 512), float(step)), "optimizer/input": torch.full((64,), float(step))}
+        header = {"format": sentry.FORMAT, "step": step, "identity": "storm", "best_step": None}
+        writer.save(tensors, header)
+        writer.wait()
