@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -80,15 +81,17 @@ def train(
 
 
 def _show_result(run: rundir.RunDir, records: list[dict[str, Any]], as_json: bool) -> None:
-    def last(key: str) -> float:
-        return float([record[key] for record in records if key in record][-1])
+    def found(key: str) -> list[float | None]:
+        return [record[key] for record in records if key in record] or [None]  # a damaged line is left out
 
-    before = next(record["val/bits_per_char"] for record in records if "val/bits_per_char" in record)
+    def last(key: str) -> float | None:
+        return found(key)[-1]
+
     result = {
         "run": str(run.path),
         "step": records[-1]["step"],
         "val/bits_per_char": {
-            "before": before,
+            "before": found("val/bits_per_char")[0],
             "after": last("val/bits_per_char"),
             "base": last("base/bits_per_char"),
             "shuffled": last("control/bits_per_char"),
@@ -103,7 +106,8 @@ def _show_result(run: rundir.RunDir, records: list[dict[str, Any]], as_json: boo
         "base": "base model with its own tokenizer",
         "shuffled": "trained rows shuffled among the words",
     }
-    rows = [[names[key], f"{value:.4f}"] for key, value in result["val/bits_per_char"].items()]
+    values = result["val/bits_per_char"].items()
+    rows = [[names[key], "not on record" if value is None else f"{value:.4f}"] for key, value in values]
     console.print_table(f"{run.path}: held-out text after step {result['step']}", ["", "bits/char"], rows)
 
 
@@ -201,6 +205,8 @@ def _run() -> int:
     except WakeError as error:
         return _fail(str(error))
     except (Stopped, KeyboardInterrupt, click.Abort):
+        for number in (signal.SIGTERM, signal.SIGINT):  # it is ending: a second one must not change how
+            signal.signal(number, signal.SIG_IGN)
         return STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

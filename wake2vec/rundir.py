@@ -68,6 +68,7 @@ def hold(run: RunDir) -> Iterator[None]:
     except OSError as error:
         raise WakeError(f"run folder {run.path}: {error.strerror}; check the volume and its owner") from None
     try:
+        _refuse_links(run)
         yield
     finally:
         if not run.identity.exists():
@@ -75,6 +76,14 @@ def hold(run: RunDir) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 run.path.rmdir()
         os.close(lock)
+
+
+def _refuse_links(run: RunDir) -> None:
+    """Refuse a run of which a part lies elsewhere: saving there would write, and removing old sentries delete."""
+    own = (run.identity, run.sentries, run.snapshots, run.heartbeat, run.metrics, run.loss_table)
+    for path in own:
+        if path.is_symlink():
+            raise WakeError(f"{path}: a symbolic link to {os.readlink(path)}; put what it stands for in its place")
 
 
 def _acquire(run: RunDir) -> int:

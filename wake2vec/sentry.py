@@ -181,22 +181,33 @@ def newest(
         WakeError: a sentry belongs to another run.
     """
     for path, header, reason in list(listing(run)):
-        if header is not None and header.get("identity") != identity:
-            raise WakeError(
-                f"{path}: belongs to another run (identity {str(header.get('identity'))[:12]}, here {identity[:12]}); "
-                "move it out of the folder"
-            )
+        if header is None or path != run.sentry(header["step"]):  # it may be the newest, with a damaged header
+            try:
+                if header is None:
+                    raise DamagedError(reason)
+                verify(path)
+            except DamagedError as error:
+                _put_aside(path, error, say)
+    for path, _, _ in list(listing(run)):
         try:
-            if header is None:
-                raise DamagedError(reason)
             found = read(path)
+            theirs = str(found.header.get("identity"))
+            if theirs != identity:
+                raise WakeError(
+                    f"{path}: belongs to another run (identity {theirs[:12]}, here {identity[:12]}); "
+                    "move it out of the folder"
+                )
             check(found)
             return found
         except DamagedError as error:
-            aside = path.with_name(path.name + ".damaged")
-            path.replace(aside)
-            say(f"{path.name} is damaged: {error}; put aside as {aside.name}")
+            _put_aside(path, error, say)
     return None
+
+
+def _put_aside(path: Path, error: DamagedError, say: Callable[[str], None]) -> None:
+    aside = path.with_name(path.name + ".damaged")
+    path.replace(aside)
+    say(f"{path.name} is damaged: {error}; put aside as {aside.name}")
 
 
 def retire(run: RunDir, *, keep_last: int, keep_every: int, best_step: int | None) -> list[Path]:

@@ -123,7 +123,7 @@ def _gradient(training: Training, step: int) -> Gradient:
     if not math.isfinite(loss) or not math.isfinite(float(norm)):
         raise WakeError(
             f"step {step}: loss {loss}, gradient norm {float(norm)}, blocks {indices}; the sentry of step "
-            f"{training.writer.saved_step} is whole and kept; look at these blocks, or begin another run with a lower "
+            f"{training.writer.wait()} is whole and kept; look at these blocks, or begin another run with a lower "
             "train.learning_rate"
         )
     return Gradient(loss, norm, num_scored)
@@ -148,7 +148,7 @@ def _evaluate(training: Training) -> None:
     if not math.isfinite(values["val/loss_nats"]):
         raise WakeError(
             f"step {training.step}: loss {values['val/loss_nats']} on the held-out text; the sentry of step "
-            f"{training.writer.saved_step} is whole and kept; begin another run with a lower train.learning_rate"
+            f"{training.writer.wait()} is whole and kept; begin another run with a lower train.learning_rate"
         )
     if training.step == 0:
         base = _losses(training, training.model.base_token_losses, training.inputs.base_val_blocks)

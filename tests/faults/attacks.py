@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from faults.damage import damage
+from faults.disk import full_disk, hanging_volume
 from faults.kills import kills
 from faults.lab import Lab
 from faults.power import power_cuts, storms
@@ -20,4 +22,7 @@ ATTACKS = {
     "kill": Attack(kills, 40, 500),
     "power cut": Attack(power_cuts, 20, 200),
     "power cut, back-to-back saves": Attack(storms, 40, 1000),
+    "damaged file": Attack(damage, 200, 2000),
+    "full disk": Attack(full_disk, 6, 50),
+    "hanging volume": Attack(hanging_volume, 2, 20),
 }

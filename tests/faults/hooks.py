@@ -2,12 +2,15 @@
 
 import itertools
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from wake2vec import rundir, sentry, sentry_writer
+from wake2vec import rundir, sentry, sentry_writer, train
 
 
 def acknowledge(file: Path) -> None:
@@ -40,3 +43,26 @@ def storm(folder: Path, acks: Path, prepare: Callable[[], None] | None) -> None:
         header = {"format": sentry.FORMAT, "step": step, "identity": "storm", "best_step": None}
         writer.save(tensors, header)
         writer.wait()
+
+
+def kill_after_step(step: int) -> None:
+    """Die like a killed process once a step is saved."""
+    plain = sentry_writer.SentryWriter._write
+
+    def write(writer: sentry_writer.SentryWriter, header: dict[str, object], snapshot: bool) -> None:
+        plain(writer, header, snapshot)
+        if int(str(header["step"])) >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sentry_writer.SentryWriter._write = write  # type: ignore[method-assign]
+
+
+def slow_steps(seconds: float) -> None:
+    """Make every step last longer."""
+    plain = train._gradient
+
+    def gradient(training: Any, step: int) -> train.Gradient:
+        time.sleep(seconds)
+        return plain(training, step)
+
+    train._gradient = gradient

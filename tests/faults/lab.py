@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 DONE, USER, BUG, STOPPED = 0, 1, 70, 75
 _CONTEXT = multiprocessing.get_context("forkserver")
 _WORKERS = 2
+_PROCESSES = threading.Lock()
+"""Held to start or poll a process: multiprocessing polls all of them whenever one starts, in any thread."""
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,24 @@ class Child:
         self.started = time.monotonic()
 
     @property
+    def code(self) -> int | None:
+        """Return its exit code, or minus a signal's number; None while it runs."""
+        with _PROCESSES:
+            return self.process.exitcode
+
+    @property
     def running(self) -> bool:
         """Say whether it has not ended yet."""
-        return self.process.exitcode is None
+        return self.code is None
 
     def err(self) -> str:
         """Return what it has printed on stderr so far."""
         path = Path(f"{self.streams}.err")
         return path.read_text("utf-8", "replace") if path.exists() else ""
+
+    def threads(self) -> int:
+        """Return how many threads it has."""
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
 
     def send(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
@@ -75,14 +89,15 @@ class Child:
 
     def wait(self, timeout_s: float = 120) -> Done:
         """Wait for its end; one that hangs is killed and fails the test."""
-        self.process.join(timeout_s)
-        if self.running:
-            self.process.kill()
-            self.process.join()
-            raise AssertionError(f"still running after {timeout_s} s\n{self.err()}")
-        out = Path(f"{self.streams}.out").read_text("utf-8", "replace")
-        assert self.process.exitcode is not None
-        return Done(self.process.exitcode, out, self.err(), time.monotonic() - self.started)
+        deadline = time.monotonic() + timeout_s
+        while (code := self.code) is None:
+            if time.monotonic() > deadline:
+                self.send(KILL)
+                raise AssertionError(f"still running after {timeout_s} s\n{self.err()}")
+            time.sleep(0.002)
+        out = Path(f"{self.streams}.out")
+        said = out.read_text("utf-8", "replace") if out.exists() else ""
+        return Done(code, said, self.err(), time.monotonic() - self.started)
 
     def wait_for(self, text: str, timeout_s: float = 60) -> None:
         """Wait until it has printed something on stderr."""
@@ -128,7 +143,8 @@ class Lab:
         process = _CONTEXT.Process(
             target=child.command, args=(words, streams, cwd or self.folder, environment or {}, prepare)
         )
-        process.start()
+        with _PROCESSES:
+            process.start()
         return Child(process, streams)
 
     def run(self, *arguments: str | Path, timeout_s: float = 120, **options: Any) -> Done:
@@ -231,6 +247,3 @@ def refused(done: Done, *parts: str) -> None:
 def as_json(path: Path) -> Any:
     """Return a JSON file's content."""
     return json.loads(path.read_text("utf-8"))
-
-
-KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT

@@ -39,7 +39,7 @@ class Volume:
         self.path.mkdir()
         with open(self.image, "wb") as file:
             file.truncate(mib * _MIB)
-        quiet = ["-q", "-f"] if kind == "xfs" else ["-q", "-F"]
+        quiet = ["-q", "-f"] if kind == "xfs" else ["-q", "-F", "-m", "0"]
         subprocess.run([f"mkfs.{kind}", *quiet, str(self.image)], check=True)
         self.mount()
 
