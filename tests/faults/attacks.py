@@ -8,6 +8,8 @@ from faults.disk import full_disk, hanging_volume
 from faults.kills import kills
 from faults.lab import Lab
 from faults.power import power_cuts, storms
+from faults.preemption import preemption
+from faults.writers import one_writer
 
 
 class Attack(NamedTuple):
@@ -25,4 +27,6 @@ ATTACKS = {
     "damaged file": Attack(damage, 200, 2000),
     "full disk": Attack(full_disk, 6, 50),
     "hanging volume": Attack(hanging_volume, 2, 20),
+    "one writer": Attack(one_writer, 2, 20),
+    "preemption": Attack(preemption, 20, 100),
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from wake2vec import rundir, sentry, sentry_writer, train
+from wake2vec import cli, resume, rundir, sentry, sentry_writer, train
 
 
 def acknowledge(file: Path) -> None:
@@ -64,5 +64,40 @@ def slow_steps(seconds: float) -> None:
     def gradient(training: Any, step: int) -> train.Gradient:
         time.sleep(seconds)
         return plain(training, step)
+
+    train._gradient = gradient
+
+
+def pause_in(name: str, seconds: float) -> None:
+    """Make the first call of a function last, and say that it has been reached."""
+    owner, attribute = {
+        "base.load": (resume.base, "load"),
+        "evaluate": (train, "evaluate"),
+        "sentry.write": (sentry_writer.sentry, "write"),
+        "_show_result": (cli, "_show_result"),
+    }[name]
+    plain = getattr(owner, attribute)
+    paused = iter([True])
+
+    def pausing(*arguments: Any, **options: Any) -> Any:
+        if next(paused, False):
+            os.write(2, f"in {name}\n".encode())
+            time.sleep(seconds)
+        return plain(*arguments, **options)
+
+    setattr(owner, attribute, pausing)
+
+
+def long_step(step: int, seconds: float) -> None:
+    """Make one step compute for so long, in many operations as a real one has."""
+    plain = train._gradient
+
+    def gradient(training: Any, at: int) -> train.Gradient:
+        ends = time.monotonic() + (seconds if at == step else 0)
+        if at == step:
+            os.write(2, f"in step {step}\n".encode())
+        while time.monotonic() < ends:
+            torch.randn(64, 64) @ torch.randn(64, 64)
+        return plain(training, at)
 
     train._gradient = gradient

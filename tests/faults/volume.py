@@ -8,7 +8,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN: _IOR('X', 125, __u32)
@@ -79,7 +79,7 @@ class Volume:
 
     def fill(self, leave_bytes: int = 0) -> None:
         """Take all the space that is left but so much."""
-        with open(self.path / f".filler-{next(_numbers)}", "ab") as file:
+        with suppress(OSError), open(self.path / f".filler-{next(_numbers)}", "ab") as file:
             free = shutil.disk_usage(self.path).free
             for size in (_MIB, 4096):
                 while free - size >= leave_bytes:
