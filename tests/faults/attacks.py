@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from faults.damage import damage
 from faults.disk import full_disk, hanging_volume
+from faults.hostile import hostile_files, not_finite
 from faults.kills import kills
 from faults.lab import Lab
 from faults.power import power_cuts, storms
@@ -29,4 +30,6 @@ ATTACKS = {
     "hanging volume": Attack(hanging_volume, 2, 20),
     "one writer": Attack(one_writer, 2, 20),
     "preemption": Attack(preemption, 20, 100),
+    "hostile files": Attack(hostile_files, 1, 3),
+    "NaN and Inf": Attack(not_finite, 1, 10),
 }

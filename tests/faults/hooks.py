@@ -101,3 +101,16 @@ def long_step(step: int, seconds: float) -> None:
         return plain(training, at)
 
     train._gradient = gradient
+
+
+def poison_rows(step: int) -> None:
+    """Put NaN into the rows before a step."""
+    plain = train._gradient
+
+    def gradient(training: Any, at: int) -> train.Gradient:
+        if at == step:
+            with torch.no_grad():
+                training.model.rows["input"].fill_(float("nan"))
+        return plain(training, at)
+
+    train._gradient = gradient
