@@ -15,19 +15,19 @@ PACKAGE = Path(wake2vec.__file__).parent
 # DESIGN section 5; a new file gets its place here first.
 LAYERS = {
     6: {"cli", "console"},
-    5: {"doctor"},
+    5: {"doctor", "outlook"},
     4: {"train", "resume"},
     3: {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
-        *("machine", "demo", "identity", "keeping", "hub", "preflight"),
+        *("machine", "demo", "identity", "keeping", "hub", "preflight", "kernels", "planner", "quantized"),
     },
-    2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule"},
+    2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "checkpointing"},
     1: {"config", "rundir", "scribe", "signals"},
     0: {"errors"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-KNOWS_CONFIG = {"cli", "train", "model", "plan", "report", "resume", "identity", "preflight"}
+KNOWS_CONFIG = {"cli", "train", "model", "plan", "report", "resume", "identity", "preflight", "outlook"}
 
 
 def imports_of(source: str) -> set[str]:

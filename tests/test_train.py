@@ -117,8 +117,8 @@ def test_micro_batches_do_not_change_the_curve(kind: str, request: pytest.Fixtur
     inputs = request.getfixturevalue(kind)
     changes = {"train": {"batch_size": 16, "max_steps": 8}, "run": {"log_every": 1}}
     curves = []
-    for size, checkpointing in ((1, False), (16, False), (4, True)):
-        plan = Plan(micro_batch_size=size, checkpointing=checkpointing, chunk_tokens=64)
+    for size, activations in ((1, "kept"), (16, "kept"), (4, "recomputed")):
+        plan = Plan(size, activations, chunk_tokens=64)
         run = run_to_end(inputs, tmp_path / f"by-{size}", changes, plan=plan)
         curves.append([r["train/loss_nats"] for r in read_records(run.metrics) if "train/loss_nats" in r])
     assert len(curves[0]) == 8

@@ -17,6 +17,11 @@ from wake2vec import __version__, config, console, rundir
 from wake2vec.errors import Stopped, WakeError
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread")
+_OUT_OF_MEMORY = (
+    "memory: this machine, or the limit it runs under, has no more; free some or raise the limit, then give the same "
+    "command again: a run goes on from its last sentry"
+)
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
 
 app = typer.Typer(
@@ -29,6 +34,15 @@ app = typer.Typer(
 )
 
 RunsOption = Annotated[Path, typer.Option("--runs", envvar="WAKE2VEC_RUNS", help="The folder where runs lie.")]
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="SIZE",
+        envvar="WAKE2VEC_GPU_MEMORY",
+        help="Keep within so much of the GPU's memory, as on a smaller card: 15GiB.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a TOML file.")
@@ -66,17 +80,24 @@ def train(
     allow_stack_change: Annotated[
         bool, typer.Option("--allow-stack-change", help="Continue a run begun under other versions, on record.")
     ] = False,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Continue with a new plan for the memory that is there, on record.")
+    ] = False,
+    gpu_memory: GpuMemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start a run, continue it where it stopped, or report it as done."""
     recipe_name, parsed = config.load_recipe(recipe, overrides or [])
     run = rundir.new_run(runs, name or recipe_name)
+    limit_bytes = config.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
     from wake2vec.environment import check_stack
+    from wake2vec.resume import Options
     from wake2vec.train import train as train_run
 
     check_stack()
+    options = Options(allow_stack_change=allow_stack_change or None, replan=replan, gpu_memory_bytes=limit_bytes)
     with console.TrainConsole() as shown:
-        records = train_run(parsed, run, shown, allow_stack_change=allow_stack_change or None)
+        records = train_run(parsed, run, shown, options)
     _show_result(run, records, as_json)
 
 
@@ -154,6 +175,28 @@ def sentries(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    gpu_memory: GpuMemoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a run would load and take, and how its steps would be cut up; loads no weights."""
+    _, parsed = config.load_recipe(recipe, overrides or [])
+    limit_bytes = config.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
+    from wake2vec import outlook
+
+    found = outlook.outlook(parsed, limit_bytes, lambda message: typer.echo(message, err=True))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for line in outlook.lines(found):
+        typer.echo(line)
+    rows = [[part, f"{size / 2**30:.2f}", f"{size / 1e9:.2f}"] for part, size in found["bytes"].items()]
+    console.print_table("", ["part", "GiB", "GB"], rows)
+
+
+@app.command()
 def fetch(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Download a base model ahead of time."""
     _, parsed = config.load_recipe(recipe, overrides or [])
@@ -163,8 +206,10 @@ def fetch(recipe: RecipeArgument, overrides: SetOption = None) -> None:
         raise WakeError(f"recipe {recipe}: its base model is made at first use; nothing to fetch")
     found = base.identify(parsed.model.base, parsed.model.base, None)
     if found.revision is not None:
-        preflight.check_download(found)
-        typer.echo(f"{found.name} {found.commit}: {hub.download(found.name, found.commit)}", err=True)
+        preflight.check_download(parsed, found)
+        with console.TrainConsole() as shown:
+            folder = hub.download(found.name, found.commit, shown.say)
+        typer.echo(f"{found.name} {found.commit}: {folder}", err=True)
 
 
 @app.command()
@@ -211,11 +256,17 @@ def _run() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except MemoryError:
+        return _fail(_OUT_OF_MEMORY)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            return _fail(_OUT_OF_MEMORY)
         if error.filename is None and error.errno not in _DISK_ERRORS:
             return _bug()
         return _fail(f"{error.filename or 'disk'}: {error.strerror}; check the disk, its space and the file's owner")
-    except Exception:  # the one place where every exception ends
+    except Exception as error:  # the one place where every exception ends
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY):
+            return _fail(_OUT_OF_MEMORY)
         return _bug()
     return DONE
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from wake2vec.data import Blocks, join_blocks, make_blocks, read_text, split_tex
 from wake2vec.environment import StackReport, check_same_stack
 from wake2vec.errors import WakeError
 from wake2vec.lexicon import read_words
-from wake2vec.rundir import RunDir, read_json, write_json
+from wake2vec.rundir import RunDir, cache_folder, read_json, write_json
 
 FORMAT = 1
 _DEMO = "demo:"
@@ -136,8 +135,7 @@ def _locate(value: str, say: Callable[[str], None]) -> str:
     """Return what a recipe's value means; `demo:` names a file of the demo, made at first use."""
     if not value.startswith(_DEMO):
         return value
-    cache = os.environ.get("WAKE2VEC_CACHE") or Path.home() / ".cache" / "wake2vec"
-    folder = Path(cache) / f"demo-python{sys.version_info.major}.{sys.version_info.minor}"
+    folder = cache_folder() / f"demo-python{sys.version_info.major}.{sys.version_info.minor}"
     demo.prepare(folder, say)
     return str(folder / value.removeprefix(_DEMO))
 

@@ -5,21 +5,22 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from wake2vec import __version__, base, identity, preflight, sentry
+from wake2vec import __version__, base, identity, preflight, quantized, sentry
 from wake2vec.config import Recipe
 from wake2vec.environment import stack as installed_stack
 from wake2vec.identity import Inputs
 from wake2vec.metrics import MetricsLog
 from wake2vec.model import WakeModel
 from wake2vec.optimizer import Optimizer, make_optimizer
-from wake2vec.plan import Plan, free_memory, make_plan
+from wake2vec.plan import Plan, Work, read_work
+from wake2vec.planner import choose_plan, free_memory, limit_memory, saved_plan
 from wake2vec.rows import start_rows
 from wake2vec.rundir import RunDir, sweep
 from wake2vec.sentry_writer import SentryWriter
@@ -56,13 +57,22 @@ class LossWindow:
         self.num_timed += 1
 
 
+class _Window(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    loss_sum: float
+    num_steps: Annotated[int, Field(ge=0)]
+
+
 class _Counters(BaseModel):
     """What a resume takes from a sentry's header."""
 
     model_config = ConfigDict(strict=True)
     optimizer_step: Annotated[int, Field(ge=0)]
-    plan: Plan
-    window: LossWindow
+    plan: dict[str, Any]
+    window: _Window
+
+
+_PLAN = TypeAdapter(Plan)
 
 
 @dataclass
@@ -76,6 +86,7 @@ class Training:
     model: WakeModel
     optimizer: Optimizer
     plan: Plan
+    work: Work
     metrics: MetricsLog
     writer: SentryWriter
     console: Console
@@ -104,35 +115,55 @@ class Training:
         }
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a start differs from the usual one.
+
+    Attributes:
+        allow_stack_change: continue a run begun under other versions; None asks the environment.
+        replan: make a new plan for the memory that is there in place of the run's own.
+        gpu_memory_bytes: behave as on a card of this size.
+        plan: what to follow whatever the planner says; for tests and benchmarks.
+    """
+
+    allow_stack_change: bool | None = None
+    replan: bool = False
+    gpu_memory_bytes: int | None = None
+    plan: Plan | None = None
+
+
 def resume(
     recipe: Recipe,
     run: RunDir,
     console: Console,
     record: dict[str, Any] | None,
     inputs: Inputs,
-    *,
-    plan: Plan | None,
-    allow_stack_change: bool | None,
+    options: Options,
 ) -> Training:
     """Load the base and the newest sentry, or the start rows; `record` is run.json, None for a new run."""
     stack = installed_stack()
-    crosses = record is not None and identity.check_stack_change(record, stack, allow=allow_stack_change)
-    if recipe.train.exact:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    preflight.check(recipe, run, inputs.base, inputs.num_new_tokens)
-    frozen = _load_base(recipe, inputs, console.say)
+    crosses = record is not None and identity.check_stack_change(record, stack, allow=options.allow_stack_change)
+    device = _device(recipe, options)
+    work = plan_work(recipe, inputs)
+    preflight.check(recipe, run, inputs.base, work)
+    found = _newest(run, record, work, console.say) if record is not None else None
+    saved = saved_plan(found.header["plan"]) if found else None
+    plan = options.plan or choose_plan(
+        work,
+        free_memory(device),
+        on_gpu=device.type == "cuda",
+        exact=recipe.train.exact,
+        saved=None if options.replan else saved,
+    )
+    frozen = _load_base(recipe, inputs, device, plan, console.say)
     if record is None:
         record = identity.begin_record(run, inputs, stack, __version__)
-    for folder in (run.path, run.sentries, run.snapshots):
-        sweep(folder)
-    found = sentry.newest(run, record["identity_sha256"], console.say, lambda found: _check(found, inputs, frozen))
+        _sweep(run)
     step = found.step if found else 0
     if crosses:
         identity.note(run, record, {"from_step": step, "stack_before": record["stack"]}, stack=stack.as_dict())
-    plan = Plan(**found.header["plan"]) if found else plan or _plan(recipe, inputs, frozen)
     rows = _named(found.tensors, "rows/") if found else _start(recipe, inputs, frozen)
-    model = WakeModel(frozen, rows, chunk_tokens=plan.chunk_tokens, checkpointing=plan.checkpointing)
+    model = WakeModel(frozen, rows, plan)
     optimizer = make_optimizer(recipe.train.optimizer, model.rows, weight_decay=recipe.train.weight_decay)
     if found:
         optimizer.load_state_tensors(_named(found.tensors, "optimizer/"), found.header["optimizer_step"])
@@ -148,16 +179,85 @@ def resume(
     console.say(
         f"{'continuing after' if found else 'starting at'} step {step} of {recipe.train.max_steps}: "
         f"{inputs.num_new_tokens:,} new words, {len(inputs.train_blocks.ids_KT):,} blocks of {recipe.data.seq_len} "
-        f"tokens, micro-batch {plan.micro_batch_size} of {recipe.train.batch_size}"
+        f"tokens, {plan}"
     )
+    if found and plan != saved:
+        note_plan(run, record, console.say, step=step, before=found.header["plan"], plan=plan)
     window = LossWindow(**found.header["window"]) if found else LossWindow()
     return Training(
-        run, recipe, inputs, record, model, optimizer, plan, metrics, writer, console, step=step, window=window
+        run,
+        recipe,
+        inputs,
+        record,
+        model,
+        optimizer,
+        plan,
+        work,
+        metrics,
+        writer,
+        console,
+        step=step,
+        window=window,
     )
 
 
-def _load_base(recipe: Recipe, inputs: Inputs, say: Callable[[str], None]) -> base.FrozenBase:
+def _device(recipe: Recipe, options: Options) -> torch.device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.train.exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if options.gpu_memory_bytes is not None and device.type == "cuda":
+        limit_memory(device, options.gpu_memory_bytes)
+    return device
+
+
+def _newest(run: RunDir, record: Mapping[str, Any], work: Work, say: Callable[[str], None]) -> sentry.Sentry | None:
+    _sweep(run)
+    return sentry.newest(run, record["identity_sha256"], say, lambda found: _check(found, work))
+
+
+def _sweep(run: RunDir) -> None:
+    for folder in (run.path, run.sentries, run.snapshots):
+        sweep(folder)
+
+
+def plan_work(recipe: Recipe, inputs: Inputs) -> Work:
+    """Return what a run's plan is made for.
+
+    Raises:
+        WakeError: the base model is of a kind that cannot be trained on.
+    """
+    config = base.load_config(inputs.base)
+    quantized.is_quantized(config, inputs.base.name, recipe.model.quantization)
+    return read_work(
+        config,
+        name=inputs.base.name,
+        quantization=recipe.model.quantization,
+        compute_dtype=recipe.model.compute_dtype,
+        num_new_tokens=inputs.num_new_tokens,
+        batch_size=recipe.train.batch_size,
+        seq_len=recipe.data.seq_len,
+        optimizer=recipe.train.optimizer,
+    )
+
+
+def note_plan(
+    run: RunDir,
+    record: dict[str, Any],
+    say: Callable[[str], None],
+    *,
+    step: int,
+    before: Mapping[str, Any],
+    plan: Plan,
+) -> None:
+    """Say that a run goes on under another plan, and put it on record: its numbers may differ in the last places."""
+    say(f"memory is not what the plan was made for: going on after step {step} with {plan}")
+    identity.note(run, record, {"from_step": step, "plan_before": dict(before), "plan": plan.as_json()})
+
+
+def _load_base(
+    recipe: Recipe, inputs: Inputs, device: torch.device, plan: Plan, say: Callable[[str], None]
+) -> base.FrozenBase:
     say(f"loading {inputs.base.name} ({inputs.base.commit[:19]}) on {device.type}")
     return base.load(
         inputs.base,
@@ -165,6 +265,8 @@ def _load_base(recipe: Recipe, inputs: Inputs, say: Callable[[str], None]) -> ba
         quantization=recipe.model.quantization,
         compute_dtype=recipe.model.compute_dtype,
         device=device,
+        table_on_host=plan.table_on_host,
+        say=say,
     )
 
 
@@ -178,38 +280,26 @@ def _start(recipe: Recipe, inputs: Inputs, frozen: base.FrozenBase) -> dict[str,
     )
 
 
-def _check(found: sentry.Sentry, inputs: Inputs, frozen: base.FrozenBase) -> None:
+def _check(found: sentry.Sentry, work: Work) -> None:
     """Refuse a sentry whose rows or counters cannot be this run's.
 
     Raises:
         DamagedError: naming the first thing that differs.
     """
-    wanted = (inputs.num_new_tokens, frozen.table_VD.shape[1])
+    wanted = (work.num_new_tokens, work.hidden_size)
     rows = {name: tuple(tensor.shape) for name, tensor in _named(found.tensors, "rows/").items()}
-    if rows != dict.fromkeys(["input"] if frozen.tied else ["input", "head"], wanted):
+    if rows != dict.fromkeys(["input"] if work.tied else ["input", "head"], wanted):
         raise sentry.DamagedError(f"its rows are {rows}, the run's are {wanted}")
     try:
-        _Counters.model_validate_json(json.dumps(found.header))
+        counters = _Counters.model_validate(found.header)
+        if saved_plan(counters.plan) is not None:
+            plan = _PLAN.validate_json(json.dumps(counters.plan), strict=True)
+            if min(plan.micro_batch_size, plan.chunk_tokens, plan.kept_layers + 1) < 1:
+                raise sentry.DamagedError(f"its plan is {counters.plan}")
     except ValidationError as error:
         problem = error.errors()[0]
         raise sentry.DamagedError(f"its {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
-    known = {"plan": {field.name for field in fields(Plan)}, "window": {"loss_sum", "num_steps"}}
-    for name, keys in known.items():
-        if set(found.header[name]) != keys:
-            raise sentry.DamagedError(f"its {name} holds {', '.join(found.header[name])}")
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _plan(recipe: Recipe, inputs: Inputs, frozen: base.FrozenBase) -> Plan:
-    row_bytes = 4 * inputs.num_new_tokens * frozen.table_VD.shape[1]
-    return make_plan(
-        frozen.body.config,
-        batch_size=recipe.train.batch_size,
-        seq_len=recipe.data.seq_len,
-        vocab_size=inputs.base_vocab_size + inputs.num_new_tokens,
-        dtype_bytes=frozen.table_VD.element_size(),
-        free_bytes=max(0, free_memory(frozen.device) - row_bytes * (3 if frozen.tied else 5)),
-    )

@@ -122,6 +122,11 @@ def _holder(lock: Path) -> str:
         return "another process"
 
 
+def cache_folder() -> Path:
+    """Return where wake2vec keeps what it can make again: WAKE2VEC_CACHE, or a folder of the user's."""
+    return Path(os.environ.get("WAKE2VEC_CACHE") or Path.home() / ".cache" / "wake2vec")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, each one durable: a power cut after a later fsync inside cannot lose it.
 
@@ -188,6 +193,12 @@ def read_json(path: Path) -> Any:
         raise WakeError(f"{path}: damaged ({error}); put back a copy of it") from None
     except OSError as error:
         raise WakeError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+
+
+def refuse_endless(path: Path, what: str) -> None:
+    """Refuse to read a device, a pipe or a socket, which may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise WakeError(f"{what} {path}: not a plain file; give the path of one")
 
 
 def sweep(folder: Path) -> None:

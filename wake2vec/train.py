@@ -10,7 +10,9 @@ batch(step) and learning_rate(step) are pure functions, so rows, optimizer state
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +24,10 @@ from wake2vec.errors import Stopped, WakeError
 from wake2vec.evaluate import TokenLosses, evaluate
 from wake2vec.metrics import Record, read_records
 from wake2vec.optimizer import clip_scale, grad_norm
-from wake2vec.plan import Plan
-from wake2vec.resume import Console, LossWindow, Training, resume
+from wake2vec.overlay import to_device
+from wake2vec.plan import estimate
+from wake2vec.planner import leaner_plan
+from wake2vec.resume import Console, LossWindow, Options, Training, note_plan, resume
 from wake2vec.rundir import RunDir, hold, write_json
 from wake2vec.schedule import learning_rate_at
 from wake2vec.signals import StopSignal
@@ -31,15 +35,12 @@ from wake2vec.signals import StopSignal
 _HEARTBEAT_GAP_S = 5.0
 _SNAPSHOT_WAIT_S = 30.0
 """A snapshot waits so long for the save before it; on a volume slower than that it is skipped like any other."""
+_USUAL = Options()
+T = TypeVar("T")
 
 
-def train(
-    recipe: Recipe, run: RunDir, console: Console, *, allow_stack_change: bool | None = None, plan: Plan | None = None
-) -> list[Record]:
+def train(recipe: Recipe, run: RunDir, console: Console, options: Options = _USUAL) -> list[Record]:
     """Start or continue a run and see it to its end; return its metrics.
-
-    Args:
-        plan: what a new run follows in place of the planner's choice.
 
     Raises:
         WakeError: the user can mend it.
@@ -57,7 +58,7 @@ def train(
             inputs = identity.read_inputs(recipe, commit, console.say)
             if record is not None:
                 identity.check_inputs(run, record, inputs)
-            training = resume(recipe, run, console, record, inputs, plan=plan, allow_stack_change=allow_stack_change)
+            training = resume(recipe, run, console, record, inputs, options)
         try:
             _loop(training, stop)
         except Stopped:
@@ -81,11 +82,13 @@ def is_done(run: RunDir, recipe: Recipe) -> bool:
 def _loop(training: Training, stop: StopSignal) -> None:
     """Run the steps that are left; on `Stopped` the rows are those of `training.step`."""
     train = training.recipe.train
+    with stop.interruptible():
+        _try_plan(training)
     _after_step(training, stop)
     for step in range(training.step + 1, train.max_steps + 1):
         started = time.monotonic()
         with stop.interruptible():
-            gradient = _gradient(training, step)
+            gradient = _within_memory(training, lambda: _gradient(training, step))  # noqa: B023 - called at once
         training.writer.wait_for_copy()
         rate = learning_rate_at(
             step, learning_rate=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
@@ -99,6 +102,50 @@ def _loop(training: Training, stop: StopSignal) -> None:
     _finish(training, stop)
 
 
+def _try_plan(training: Training) -> None:
+    """Compute a micro-batch for nothing: memory that is short shows before the run begins, and not in it."""
+    if training.model.base.device.type == "cuda" and training.step < training.recipe.train.max_steps:
+        _within_memory(training, lambda: _sums(training, training.step + 1, training.plan.micro_batch_size))
+
+
+def _within_memory(training: Training, compute: Callable[[], T]) -> T:
+    """Return what `compute` gives; where the device's memory runs out, take a leaner plan and compute it again.
+
+    `compute` may not have changed anything that lasts.
+    """
+    while True:
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            pass  # left before going on: the exception holds the tensors of the calls that it came through
+        _step_down(training)
+
+
+def _step_down(training: Training) -> None:
+    """Take a leaner plan after the device's memory ran out.
+
+    Raises:
+        WakeError: there is none.
+    """
+    plan, work = training.plan, training.work
+    before = estimate(plan, work).peak
+    leaner = leaner_plan(plan, work, host_is_apart=training.model.base.device.type == "cuda")
+    if leaner is None:
+        raise WakeError(
+            f"out of memory after step {training.step}: even the leanest plan ({before / 2**30:.1f} GiB by the "
+            f"estimate) did not fit; free the card of other programs (nvidia-smi shows them) or use a larger one; "
+            f"the sentry of step {training.writer.saved_step} is whole and kept, and the same command goes on from it"
+        )
+    training.model.zero_grad()
+    training.model.follow(leaner)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    training.plan = leaner
+    note_plan(
+        training.run, training.record, training.console.say, step=training.step, before=plan.as_json(), plan=leaner
+    )
+
+
 @dataclass(frozen=True)
 class Gradient:
     """What a step's forward and backward leave beside the rows' gradients, which are those of the summed loss."""
@@ -110,23 +157,33 @@ class Gradient:
 
 def _gradient(training: Training, step: int) -> Gradient:
     """Fill the rows' gradients with those of a step; loss and norm are those of its mean, in nats a token."""
-    train, model = training.recipe.train, training.model
-    all_blocks = training.inputs.train_blocks.ids_KT
-    indices = batch_indices(step, batch_size=train.batch_size, num_blocks=len(all_blocks), seed=train.seed)
-    blocks_BT = all_blocks[indices]
-    num_scored = int((blocks_BT[:, 1:] != PAD).sum())
-    blocks_BT = blocks_BT.to(model.base.device)
-    model.zero_grad()
-    losses = [model.backward(micro) for micro in blocks_BT.split(training.plan.micro_batch_size)]
-    norm = grad_norm(model.rows.values()) / num_scored
+    losses, num_scored = _sums(training, step, training.recipe.train.batch_size)
+    norm = grad_norm(training.model.rows.values()) / num_scored
     loss = float(torch.stack(losses).sum()) / num_scored
     if not math.isfinite(loss) or not math.isfinite(float(norm)):
         raise WakeError(
-            f"step {step}: loss {loss}, gradient norm {float(norm)}, blocks {indices}; the sentry of step "
-            f"{training.writer.wait()} is whole and kept; look at these blocks, or begin another run with a lower "
-            "train.learning_rate"
+            f"step {step}: loss {loss}, gradient norm {float(norm)}, blocks {_indices(training, step)}; the sentry of "
+            f"step {training.writer.wait()} is whole and kept; look at these blocks, or begin another run with a "
+            "lower train.learning_rate"
         )
     return Gradient(loss, norm, num_scored)
+
+
+def _sums(training: Training, step: int, num_blocks: int) -> tuple[list[Tensor], int]:
+    """Fill the rows' gradients from a step's first blocks; return the micro-batches' losses and the tokens scored."""
+    model = training.model
+    blocks_BT = training.inputs.train_blocks.ids_KT[_indices(training, step)[:num_blocks]]
+    num_scored = int((blocks_BT[:, 1:] != PAD).sum())
+    blocks_BT = to_device(blocks_BT, model.ids_device)
+    model.zero_grad()
+    return [model.backward(micro) for micro in blocks_BT.split(training.plan.micro_batch_size)], num_scored
+
+
+def _indices(training: Training, step: int) -> list[int]:
+    train = training.recipe.train
+    return batch_indices(
+        step, batch_size=train.batch_size, num_blocks=len(training.inputs.train_blocks.ids_KT), seed=train.seed
+    )
 
 
 def _after_step(training: Training, stop: StopSignal) -> None:
@@ -157,12 +214,16 @@ def _evaluate(training: Training) -> None:
 
 
 def _losses(training: Training, token_losses: TokenLosses, blocks: Blocks) -> dict[str, float]:
-    return evaluate(
-        token_losses,
-        blocks,
-        first_new_id=training.inputs.base_vocab_size,
-        batch_size=training.plan.micro_batch_size,
-        device=training.model.base.device,
+    return _within_memory(
+        training,
+        lambda: evaluate(
+            token_losses,
+            blocks,
+            first_new_id=training.inputs.base_vocab_size,
+            batch_size=training.plan.micro_batch_size,
+            device=training.model.base.device,
+            ids_device=training.model.ids_device,
+        ),
     )
 
 

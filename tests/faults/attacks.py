@@ -5,11 +5,15 @@ from typing import NamedTuple
 
 from faults.damage import damage
 from faults.disk import full_disk, hanging_volume
+from faults.fuzz import fuzz
 from faults.hostile import hostile_files, not_finite
 from faults.kills import kills
 from faults.lab import Lab
+from faults.memory import host_memory
+from faults.model_check import model_check
 from faults.power import power_cuts, storms
 from faults.preemption import preemption
+from faults.surroundings import surroundings
 from faults.writers import one_writer
 
 
@@ -25,6 +29,7 @@ ATTACKS = {
     "kill": Attack(kills, 40, 500),
     "power cut": Attack(power_cuts, 20, 200),
     "power cut, back-to-back saves": Attack(storms, 40, 1000),
+    "power cut, as a model": Attack(model_check, 3, 12),
     "damaged file": Attack(damage, 200, 2000),
     "full disk": Attack(full_disk, 6, 50),
     "hanging volume": Attack(hanging_volume, 2, 20),
@@ -32,4 +37,7 @@ ATTACKS = {
     "preemption": Attack(preemption, 20, 100),
     "hostile files": Attack(hostile_files, 1, 3),
     "NaN and Inf": Attack(not_finite, 1, 10),
+    "host memory": Attack(host_memory, 8, 100),
+    "surroundings": Attack(surroundings, 1, 5),
+    "what a user types": Attack(fuzz, 3000, 100_000),
 }

@@ -1,8 +1,11 @@
 """Faults that are prepared inside the child, before the command starts, and what lets the harness look on."""
 
+import ctypes
 import itertools
 import os
+import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wake2vec import cli, resume, rundir, sentry, sentry_writer, train
+from wake2vec import base, cli, rundir, sentry, sentry_writer, train
 
 
 def acknowledge(file: Path) -> None:
@@ -71,7 +74,7 @@ def slow_steps(seconds: float) -> None:
 def pause_in(name: str, seconds: float) -> None:
     """Make the first call of a function last, and say that it has been reached."""
     owner, attribute = {
-        "base.load": (resume.base, "load"),
+        "base.load": (base, "load"),
         "evaluate": (train, "evaluate"),
         "sentry.write": (sentry_writer.sentry, "write"),
         "_show_result": (cli, "_show_result"),
@@ -114,3 +117,76 @@ def poison_rows(step: int) -> None:
         return plain(training, at)
 
     train._gradient = gradient
+
+
+def at_step(step: int, act: Callable[[], None]) -> None:
+    """Do something before a step's gradient; before everything where the step is negative."""
+    if step < 0:
+        act()
+        return
+    plain = train._gradient
+
+    def gradient(training: Any, at: int) -> train.Gradient:
+        if at == step:
+            act()
+        return plain(training, at)
+
+    train._gradient = gradient
+
+
+def limit_memory(more_bytes: int, step: int) -> None:
+    """Let the address space grow by no more than this, from a step on."""
+
+    def limit() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more_bytes,) * 2)
+
+    at_step(step, limit)
+
+
+def no_more_threads(step: int) -> None:
+    """Let no further thread start, from a step on: as another user, whose limit of processes is reached."""
+
+    def limit() -> None:
+        threading.Thread.start = _cannot_start  # type: ignore[method-assign]
+
+    at_step(step, limit)
+
+
+def _cannot_start(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def enter_group(group: Path, step: int) -> None:
+    """Enter a control group at a step, and use more memory than before."""
+
+    def enter() -> None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        held.append(bytearray(200 * 2**20))
+
+    held: list[bytearray] = []
+    at_step(step, enter)
+
+
+def jumping_clock() -> None:
+    """Let the clock jump by years at every look; what measures time spans is monotonic and does not."""
+    plain, jumps = time.time, itertools.cycle([3e8, -6e8, 0.0, 1e9])
+    time.time = lambda: plain() + next(jumps)
+
+
+def stop_soon(seconds: float) -> None:
+    """Send this process SIGTERM after a while."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+
+
+def without_capabilities() -> None:
+    """Let root be a user like any other, to whom permissions apply."""
+    version, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None, use_errno=True).capset(version, none) == 0, os.strerror(ctypes.get_errno())
+
+
+def limit_files(size_bytes: int) -> None:
+    """Let no file grow beyond a size."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, size_bytes))

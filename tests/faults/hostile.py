@@ -109,8 +109,7 @@ _PLANTS: dict[str, Callable[[RunDir, Path], Any]] = {
         run, lambda _, tensors: tensors.update({"rows/../../../precious": torch.zeros(3)})
     ),
     "plan of text": lambda run, _: _forge(run, lambda header, _: header["plan"].update(micro_batch_size="../x")),
-    "plan of nothing": lambda run, _: _forge(run, lambda header, _: header.update(plan={})),
-    "plan with more": lambda run, _: _forge(run, lambda header, _: header["plan"].update(__class__="os.system")),
+    "plan of zero": lambda run, _: _forge(run, lambda header, _: header["plan"].update(micro_batch_size=0)),
     "no counters": lambda run, _: _forge(run, lambda header, _: [header.pop("window"), header.pop("optimizer_step")]),
     "window of text": lambda run, _: _forge(run, lambda header, _: header.update(window="x")),
     "negative step": lambda run, _: _forge(run, lambda header, _: header.update(step=-5)),
@@ -145,7 +144,7 @@ def _hostile_recipe(lab: Lab, name: str, text: str) -> None:
     folder = lab.fresh()
     (folder / "r.toml").write_text(text)
     done = lab.run("train", "r.toml", "--runs", "runs", cwd=folder, timeout_s=60)
-    refused(done, "r.toml" if name != "path as a name" else "etc")
+    refused(done, "r.toml" if name != "path as a name" else "/dev/zero: not a plain file")
     assert sorted(path.name for path in folder.rglob("*")) == ["r.toml"], f"{name} left something behind"
 
 

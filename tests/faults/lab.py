@@ -147,6 +147,10 @@ class Lab:
             process.start()
         return Child(process, streams)
 
+    def starting(self) -> threading.Lock:
+        """Return what is held while a process of any kind is started."""
+        return _PROCESSES
+
     def run(self, *arguments: str | Path, timeout_s: float = 120, **options: Any) -> Done:
         """Run `wake2vec ARGUMENTS` to its end."""
         return self.start(*arguments, **options).wait(timeout_s)
