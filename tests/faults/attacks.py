@@ -7,6 +7,7 @@ from faults.damage import damage
 from faults.disk import full_disk, hanging_volume
 from faults.fuzz import fuzz
 from faults.hostile import hostile_files, not_finite
+from faults.keeping import imports, prune, retention, soak
 from faults.kills import kills
 from faults.lab import Lab
 from faults.memory import host_memory
@@ -40,4 +41,8 @@ ATTACKS = {
     "host memory": Attack(host_memory, 8, 100),
     "surroundings": Attack(surroundings, 1, 5),
     "what a user types": Attack(fuzz, 3000, 100_000),
+    "imports": Attack(imports, 2, 20),
+    "prune": Attack(prune, 8, 200),
+    "retention": Attack(retention, 1000, 3000),
+    "soak": Attack(soak, 2000, 20_000),
 }

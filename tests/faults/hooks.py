@@ -190,3 +190,10 @@ def without_capabilities() -> None:
 def limit_files(size_bytes: int) -> None:
     """Let no file grow beyond a size."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, size_bytes))
+
+
+def wait_for_tracer() -> None:
+    """Go on once strace is attached."""
+    while "TracerPid:\t0" in Path("/proc/self/status").read_text():
+        time.sleep(0.01)
+    time.sleep(0.1)

@@ -130,6 +130,10 @@ class Lab:
         """Return a new empty folder."""
         return Path(tempfile.mkdtemp(prefix="trial-", dir=self.folder))
 
+    def copy(self, runs: Path) -> Path:
+        """Return a copy of a folder of runs."""
+        return Path(shutil.copytree(runs, self.fresh() / "runs"))
+
     def start(
         self,
         *arguments: str | Path,

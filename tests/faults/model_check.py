@@ -8,11 +8,11 @@ import itertools
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from faults import hooks
 from faults.lab import DONE, KILL, Lab
 from faults.volume import need
 
@@ -20,12 +20,6 @@ from wake2vec import sentry
 from wake2vec.metrics import read_records
 from wake2vec.rundir import RunDir
 
-_COMMAND = """
-import pathlib, sys
-from faults import child, hooks
-hooks.acknowledge(pathlib.Path(sys.argv[1]))
-child.command(sys.argv[2:], pathlib.Path(sys.argv[1] + "-streams"), pathlib.Path.cwd(), {}, [])
-"""
 _CALLS = "openat,open,write,pwrite64,ftruncate,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat"
 _LINE = re.compile(r"^(?:\d+ +)?(\w+)\((.*)\) += (-?\d+)")
 _FD = re.compile(r"^\d+<([^>]*)>")
@@ -70,13 +64,18 @@ def _record(lab: Lab, kill_at: int | None) -> list[Change]:
     changes: list[Change] = []
     for fault in [kill_at, None] if kill_at else [None]:
         trace = folder / f"trace-{fault}"
+        traced = lab.train(
+            runs,
+            *("--set", "train.max_steps=3", "--set", "train.warmup_steps=1"),
+            *("--set", "run.keep_last=1", "--set", "run.eval_every=2"),
+            prepare=[(hooks.acknowledge, (acks,)), (hooks.wait_for_tracer, ())],
+        )
         inject = ["-e", f"inject=fsync:signal=KILL:when={fault}"] if fault else []
-        strace = ["strace", "-f", "-y", "-xx", "-s", str(10**8), "-e", f"trace={_CALLS}", *inject, "-o", str(trace)]
-        keys = ["train.max_steps=3", "train.warmup_steps=1", "run.keep_last=1", "run.eval_every=2"]
-        sets = [word for key in keys for word in ("--set", key)]
-        command = [sys.executable, "-c", _COMMAND, str(acks), "train", str(lab.recipe), "--runs", str(runs), *sets]
-        done = subprocess.run([*strace, *command], check=False, timeout=300)
-        assert done.returncode in ((-KILL, 128 + KILL, DONE) if fault else (DONE,)), done
+        strace = ["strace", "-q", "-f", "-y", "-xx", "-s", str(10**8), "-e", f"trace={_CALLS}", *inject]
+        tracer = subprocess.Popen([*strace, "-o", str(trace), "-p", str(traced.process.pid)])
+        done = traced.wait()
+        assert tracer.wait(60) in (0, 1, -KILL, 128 + KILL)
+        assert done.code in ((-KILL, DONE) if fault else (DONE,)), done
         changes += _parse(trace.read_text(), str(runs), str(acks))
     return changes
 

@@ -57,7 +57,9 @@ def _other_user(lab: Lab) -> None:
     runs = lab.fresh()
     lab.train_to_end(runs)
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
-    _give_away(runs)
+    _give_away(runs / "tiny")
+    os.chown(runs, _STRANGER, _STRANGER)
+    runs.chmod(0o755)
     plain = [(hooks.without_capabilities, ())]
     refused(lab.train(runs, prepare=plain).wait(), "Permission denied", "owner")
     new = lab.run("train", lab.recipe, "--runs", runs, "--run", "new", prepare=plain)
