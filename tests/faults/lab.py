@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.context import ForkServerProcess
@@ -196,21 +196,15 @@ class Lab:
     def each(self, count: int, trial: Callable[[int, random.Random], Any], workers: int = _WORKERS) -> list[Any]:
         """Call `trial(index, rng)` for every index, a few at a time; a failure names the index and the seed."""
 
-        def numbered(index: int) -> Any:
-            name = getattr(trial, "__qualname__", "")
-            try:
-                return trial(index, random.Random(f"{self.seed} {name} {index}"))
-            except Exception as error:
-                error.add_note(f"in trial {index} of seed {self.seed}")
-                raise
-
+        name = getattr(trial, "__qualname__", "")
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(numbered, index) for index in range(count)]
-            try:
-                return [future.result() for future in futures]
-            finally:
-                for future in futures:
-                    future.cancel()
+            futures = [pool.submit(trial, i, random.Random(f"{self.seed} {name} {i}")) for i in range(count)]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for index, future in enumerate(futures):
+                future.cancel()
+                if future in done and (error := future.exception()) is not None:
+                    error.add_note(f"in trial {index} of seed {self.seed}")
+        return [future.result() for future in futures if not future.cancelled()]
 
     def close(self) -> None:
         """Remove everything."""
