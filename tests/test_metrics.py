@@ -1,10 +1,12 @@
 """The metrics file and the loss table."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
+from wake2vec import metrics
 from wake2vec.metrics import MetricsLog, loss_table, read_records
 from wake2vec.rundir import RunDir
 
@@ -110,3 +112,37 @@ def test_best_step_of_nothing_is_none(tmp_path: Path) -> None:
     log = MetricsLog(RunDir(tmp_path), 0, print)
     log.close()
     assert log.best_step() is None
+
+
+def test_damaged_line_is_named_and_left_out(run: RunDir) -> None:
+    MetricsLog(run, 100, print).close()  # now with checksums
+    lines = run.metrics.read_bytes().split(b"\n")
+    lines[2] = lines[2].replace(b"3.5", b"3.4")
+    run.metrics.write_bytes(b"\n".join(lines))
+    said: list[str] = []
+    log = MetricsLog(run, 100, said.append)
+    log.close()
+    assert said == ["metrics.jsonl is damaged: lines 3 are left out"]
+    assert log.records == [record for record in RECORDS if record != RECORDS[2]]
+
+
+def test_line_that_finds_no_room_is_finished_later(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(run, 8, print)
+    plain, room = metrics.os.write, [5]
+
+    def write(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = plain(descriptor, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(metrics.os, "write", write)
+    log.append(9, {"a": 1})
+    with pytest.raises(OSError, match="No space"):
+        log.sync()
+    room[0] = 10**6
+    log.append(10, {"a": 2})
+    log.sync()
+    log.close()
+    assert read_records(run.metrics)[-2:] == [{"step": 9, "a": 1}, {"step": 10, "a": 2}]

@@ -197,7 +197,7 @@ def read_json(path: Path) -> Any:
 
 def refuse_endless(path: Path, what: str) -> None:
     """Refuse to read a device, a pipe or a socket, which may never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # these never raise
         raise WakeError(f"{what} {path}: not a plain file; give the path of one")
 
 

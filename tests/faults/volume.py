@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ _NO_LOG_FLUSH = 2
 _FREEZE, _THAW = 0xC0045877, 0xC0045878  # FIFREEZE, FITHAW
 _PACKAGES = {"mkfs.xfs": "xfsprogs", "mkfs.ext4": "e2fsprogs", "strace": "strace", "setquota": "quota"}
 _MIB = 2**20
+_RELEASE_S = 60.0
 _numbers = itertools.count()
 
 
@@ -64,8 +66,16 @@ class Volume:
         self._control(_SHUTDOWN, _NO_LOG_FLUSH)
 
     def reboot(self) -> None:
-        """Come back after a cut; nobody may use the volume any more."""
+        """Come back after a cut; nobody may use the volume any more.
+
+        A container that is just being started holds a copy of every mount for a moment. A mount would then give back
+        the dead file system, on which a whole file is unreadable: wait until its loop device is free.
+        """
         self.unmount()
+        deadline = time.monotonic() + _RELEASE_S
+        while subprocess.run(["losetup", "-j", self.image], check=True, capture_output=True).stdout:
+            assert time.monotonic() < deadline, f"{self.path} is still mounted in another namespace"
+            time.sleep(0.01)
         self.mount()
 
     @contextmanager
