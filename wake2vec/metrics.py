@@ -131,6 +131,15 @@ class MetricsLog:
         os.close(self._file)
 
 
+def mend_loss_table(run: RunDir) -> list[Record]:
+    """Write a finished run's loss table again where a power cut left an older one; return the run's records."""
+    records = read_records(run.metrics)
+    content = loss_table(records).encode()
+    if not run.loss_table.exists() or run.loss_table.read_bytes() != content:
+        write_file(run.loss_table, [content])
+    return records
+
+
 def loss_table(records: Iterable[Record]) -> str:
     """Return the evaluations as the Markdown table `| Step | Train | Val | Notes |`; losses in nats a token."""
     rows: dict[int, Record] = {}

@@ -22,7 +22,7 @@ from wake2vec.config import Recipe, RunSection
 from wake2vec.data import PAD, Blocks, batch_indices, epoch_order
 from wake2vec.errors import Stopped, WakeError
 from wake2vec.evaluate import TokenLosses, evaluate
-from wake2vec.metrics import Record, read_records
+from wake2vec.metrics import Record, mend_loss_table, read_records
 from wake2vec.optimizer import clip_scale, grad_norm
 from wake2vec.overlay import to_device
 from wake2vec.plan import estimate
@@ -53,7 +53,7 @@ def train(recipe: Recipe, run: RunDir, console: Console, options: Options = _USU
                 identity.check_recipe(run, record, recipe)
                 if is_done(run, recipe):
                     console.say(f"run {run.name} is done: {recipe.train.max_steps} steps")
-                    return read_records(run.metrics)
+                    return mend_loss_table(run)
             commit = record["identity"]["base"]["commit"] if record is not None else None
             inputs = identity.read_inputs(recipe, commit, console.say)
             if record is not None:

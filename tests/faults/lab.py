@@ -190,8 +190,11 @@ class Lab:
         for name, tensor in theirs.tensors.items():
             assert torch.equal(ours.tensors[name], tensor), name
         assert ours.header == theirs.header
-        assert numbers(run) == numbers(self.reference)
-        assert run.loss_table.read_text() == self.reference.loss_table.read_text()
+        ours_said, theirs_said = numbers(run), numbers(self.reference)
+        apart = [record for record in ours_said + theirs_said if (record in ours_said) != (record in theirs_said)]
+        assert ours_said == theirs_said, f"the numbers differ from the reference's: {apart}"
+        tables = [of.loss_table.read_text() for of in (run, self.reference)]
+        assert tables[0] == tables[1], "\n".join(tables)
 
     def each(self, count: int, trial: Callable[[int, random.Random], Any], workers: int = _WORKERS) -> list[Any]:
         """Call `trial(index, rng)` for every index, a few at a time; a failure names the index and the seed."""
