@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes
@@ -38,9 +39,10 @@ from wake2vec.config import load_recipe
 from wake2vec.model import WakeModel
 from wake2vec.optimizer import clip_scale, grad_norm, make_optimizer
 from wake2vec.plan import Plan, Work, estimate, read_work
-from wake2vec.planner import choose_plan
+from wake2vec.planner import USABLE, choose_plan
 
 WARM_UP = 3
+GROUP = 4
 GIB = 2**30
 LLAMA_3 = {"vocab_size": 128_256, "num_key_value_heads": 8, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5}
 QWEN_14B = {
@@ -147,19 +149,25 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02
 
 
-def timed(step: Callable[[], Tensor | float], num_steps: int, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """Run steps; return seconds (median, smallest, largest), peak memory and the first and last loss."""
-    seconds, losses = [], []
+def timed(step: Callable[[], Tensor], num_steps: int, warm_up: int = WARM_UP) -> dict[str, Any]:
+    """Run steps, a few at a time without waiting in between, as training does.
+
+    Returns:
+        Seconds a step (median, smallest and largest of the groups), peak memory, the first and the last loss.
+    """
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(warm_up + num_steps):
+    losses = [float(step()) for _ in range(warm_up)]
+    seconds = []
+    for start in range(0, num_steps, GROUP):
+        count = min(GROUP, num_steps - start)
         torch.cuda.synchronize()
         started = time.perf_counter()
-        losses.append(float(step()))
+        group = [step() for _ in range(count)]
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    counted = seconds[warm_up:]
+        seconds.append((time.perf_counter() - started) / count)
+        losses += [float(loss) for loss in group]
     return {
-        "step_s": [round(value, 4) for value in (statistics.median(counted), min(counted), max(counted))],
+        "step_s": [round(value, 4) for value in (statistics.median(seconds), min(seconds), max(seconds))],
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "loss_nats": [round(losses[0], 4), round(losses[-1], 4)],
         "falls": losses[-1] < losses[0],
@@ -190,7 +198,7 @@ def floor(num_steps: int) -> None:
     layers = [[_random(*shape) for shape in shapes] for _ in range(8)]  # more than the caches hold
     head, inputs = _random(words, 5120), {size: _random(tokens, size) for size in (5120, 1024, 13_824)}
 
-    def step() -> float:
+    def step() -> Tensor:
         for index in range(48):
             for weight in layers[index % 8]:
                 inputs[weight.shape[1]] @ weight.T
@@ -201,7 +209,7 @@ def floor(num_steps: int) -> None:
         for index in range(48):
             for weight in layers[index % 8]:
                 inputs[weight.shape[0]] @ weight
-        return 0.0
+        return torch.zeros(())
 
     say(what="floor", **{key: value for key, value in timed(step, num_steps).items() if key in ("step_s",)})
 
@@ -218,8 +226,8 @@ def earlier(model: Any, num_steps: int) -> None:
     model.train()
     blocks = random_blocks(vocab_size + new, 16, 128).cuda()
 
-    def step() -> float:
-        total = 0.0
+    def step() -> Tensor:
+        total = torch.zeros((), device="cuda")
         for block_BT in blocks.split(1):
             ids_BT = block_BT[:, :-1]
             new_BT = ids_BT >= vocab_size
@@ -230,7 +238,7 @@ def earlier(model: Any, num_steps: int) -> None:
             logits_BTV = hidden_BTD @ torch.cat([table_VD, rows_ND.detach().to(table_VD.dtype)]).T
             loss = functional.cross_entropy(logits_BTV.float().flatten(0, 1), block_BT[:, 1:].flatten()) / 16
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_([rows_ND], 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -255,15 +263,15 @@ def peft_trainable_tokens(num_steps: int) -> None:
     optimizer = transformers.Adafactor(trained, lr=5e-4, scale_parameter=False, relative_step=False, warmup_init=False)
     blocks = random_blocks(vocab_size + new, 16, 128).cuda()
 
-    def step(size: int) -> float:
-        total = 0.0
+    def step(size: int) -> Tensor:
+        total = torch.zeros((), device="cuda")
         for block_BT in blocks.split(size):
             with torch.autocast("cuda", torch.bfloat16):
                 logits_BTV = model(input_ids=block_BT[:, :-1], use_cache=False).logits
             loss = functional.cross_entropy(logits_BTV.float().flatten(0, 1), block_BT[:, 1:].flatten())
             loss = loss * size / 16
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -308,13 +316,12 @@ def ours(frozen: base.FrozenBase, work: Work, recipe: Any, plan: Plan, num_steps
     blocks = random_blocks(vocab_size + work.num_new_tokens, work.batch_size, work.seq_len).to(model.ids_device)
     num_scored = work.batch_size * work.seq_len
 
-    def step() -> float:
+    def step() -> Tensor:
         model.zero_grad()
         losses = [model.backward(micro) for micro in blocks.split(plan.micro_batch_size)]
         norm = grad_norm(model.rows.values()) / num_scored
-        loss = float(torch.stack(losses).sum()) / num_scored
         optimizer.step(recipe.train.learning_rate, clip_scale(norm, recipe.train.max_grad_norm) / num_scored)
-        return loss
+        return torch.stack(losses).sum() / num_scored
 
     free()
     try:
@@ -328,7 +335,7 @@ def ours(frozen: base.FrozenBase, work: Work, recipe: Any, plan: Plan, num_steps
     say(**said, plan=plan.as_json(), **found)
 
 
-def idle_share(step: Callable[[], float], num_steps: int = 10) -> float:
+def idle_share(step: Callable[[], Tensor], num_steps: int = 10) -> float:
     """Return the share of ten steps' time in which no kernel ran."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -348,7 +355,7 @@ def idle_share(step: Callable[[], float], num_steps: int = 10) -> float:
     return round(1.0 - busy / (end - spans[0][0]), 4)
 
 
-def qwen_plans(num_steps: int, *, with_earlier: bool, with_ours: bool) -> None:
+def qwen_plans(num_steps: int, names: tuple[str, ...], *, with_earlier: bool, with_ours: bool) -> None:
     """Measure qwen14b: the earlier loop, then plans for several cards, each in the memory of that card."""
     make_config, vocab_size, new = MODELS["qwen14b"]
     model = build(make_config())
@@ -359,21 +366,29 @@ def qwen_plans(num_steps: int, *, with_earlier: bool, with_ours: bool) -> None:
     if not with_ours:
         return
     total = torch.cuda.mem_get_info()[1]
-    on_host = base.with_table_on_host(base.freeze(model, vocab_size, "qwen14b"))
-    free()
+    frozen = base.freeze(model, vocab_size, "qwen14b")
+    total = torch.cuda.mem_get_info()[1]
     work, recipe = work_of("qwen14b", make_config(), vocab_size, new, [])
-    limits = {"80 GB": 79 * GIB, "40 GB": 39 * GIB, "24 GB": int(22.5 * GIB), "15 GiB": 15 * GIB}
-    for card, limit in limits.items():
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-        plan = choose_plan(work, min(limit, total), on_gpu=True, exact=False)
-        plan = Plan(**{**plan.as_json(), "table_on_host": True})
-        ours(on_host, work, recipe, plan, num_steps, what="ours", card=card, profile=card == "80 GB")
-    plan = choose_plan(work, int(12.4e9 / 0.95), on_gpu=True, exact=False)
-    ours(on_host, work, recipe, plan, num_steps, what="ours", card="lean: 12.4 GB")
-    torch.cuda.set_per_process_memory_fraction(15 * GIB / total)
     long, _ = work_of("qwen14b", make_config(), vocab_size, new, ["data.seq_len=512"])
-    plan = choose_plan(long, 15 * GIB, on_gpu=True, exact=False)
-    ours(on_host, long, recipe, plan, 5, what="ours", card="15 GiB, 512 tokens a block")
+    cards = [
+        ("80 GB", work, 79 * GIB),
+        ("48 GB", work, 47 * GIB),
+        ("40 GB", work, 39 * GIB),
+        ("24 GB", work, int(22.5 * GIB)),
+        ("15 GiB", work, 15 * GIB),
+        ("12.5 GB at most", work, int(12.45e9 / USABLE)),
+        ("15 GiB, 512 tokens a block", long, 15 * GIB),
+    ]
+    for card, of, limit in cards:
+        if not card.startswith(names):
+            continue
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        plan = choose_plan(of, min(limit, total), on_gpu=True, exact=False)
+        if plan.table_on_host and frozen.table_VD.is_cuda:
+            frozen = base.with_table_on_host(frozen)
+        plan = replace(plan, table_on_host=not frozen.table_VD.is_cuda)
+        steps = num_steps if of is work else 5
+        ours(frozen, of, recipe, plan, steps, what="ours", card=card, profile=of is work)
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
@@ -399,6 +414,7 @@ def main() -> None:
     parts = ["floor", "earlier", "peft", "ours", "recipes"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cards", nargs="+", help="only plans for cards whose name begins so")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, bitsandbytes)}
@@ -407,7 +423,12 @@ def main() -> None:
         floor(options.steps)
         free()
     if "earlier" in options.only or "ours" in options.only:
-        qwen_plans(options.steps, with_earlier="earlier" in options.only, with_ours="ours" in options.only)
+        qwen_plans(
+            options.steps,
+            tuple(options.cards or [""]),
+            with_earlier="earlier" in options.only,
+            with_ours="ours" in options.only,
+        )
         free()
     if "peft" in options.only:
         peft_trainable_tokens(options.steps)

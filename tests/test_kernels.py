@@ -67,25 +67,41 @@ def test_products_are_bitsandbytes_own(packed: base.FrozenBase) -> None:
     expected = outcome(packed)
     before = base.fingerprint(packed)
     kernels.prepare(packed, fused=False)
-    for num_layers in (0, 1, 2, 0):
-        kernels.keep_weights(packed.body, num_layers)
+    for num_layers, shared in ((0, False), (1, False), (2, True), (0, True), (1, True), (0, False)):
+        kernels.place_weights(packed.body, kept_layers=num_layers, shared_buffer=shared)
         for mine, theirs in zip(outcome(packed), expected, strict=True):
             assert torch.equal(mine, theirs)
     assert base.fingerprint(packed) == before
 
 
-def test_kept_weights_are_used_and_dropped_again(packed: base.FrozenBase) -> None:
+def test_weights_come_from_where_the_plan_says(packed: base.FrozenBase) -> None:
     kernels.prepare(packed, fused=False)
-    kernels.keep_weights(packed.body, 1)
-    layers = packed.body.layers
-    first, second = layers[0].mlp.up_proj, layers[1].mlp.up_proj
-    assert first.kept_weight_OI.shape == (first.out_features, first.in_features)
-    assert second.kept_weight_OI is None
-    expected = outcome(packed)[0]
-    first.kept_weight_OI.mul_(2)
-    assert not torch.equal(outcome(packed)[0], expected)
-    kernels.keep_weights(packed.body, 0)
-    assert torch.equal(outcome(packed)[0], expected)
+    first, second = (layer.mlp.up_proj for layer in packed.body.layers)
+    kernels.place_weights(packed.body, kept_layers=1, shared_buffer=False)
+    assert first.weight_OI().shape == (first.out_features, first.in_features)
+    assert first.weight_OI().data_ptr() == first.weight_OI().data_ptr()
+    kept = first.weight_OI().clone()
+    kernels.place_weights(packed.body, kept_layers=0, shared_buffer=True)
+    buffer = first.weight_OI()
+    assert torch.equal(buffer, kept)
+    assert second.weight_OI().data_ptr() == buffer.data_ptr()
+    assert not torch.equal(buffer, kept)  # it holds the second layer's now
+    kernels.place_weights(packed.body, kept_layers=0, shared_buffer=False)
+    assert torch.equal(first.weight_OI(), kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_models_of_the_process_are_left_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger puts its classes in the place of transformers' own, and they know no CPU."""
+    before = outcome(frozen_model(family, "cpu", torch.float32))
+    monkeypatch.setattr(kernels, "_one_layer", lambda _: torch.ones(1))  # the fused one would need a GPU
+    fused = frozen_model(family, "cpu", torch.float32)
+    kernels.prepare(fused, fused=True)
+    assert "Liger" in repr(fused.body.layers[0])
+    other = frozen_model(family, "cpu", torch.float32)
+    assert "Liger" not in repr(other.body)
+    for mine, theirs in zip(outcome(other), before, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.gpu
@@ -94,6 +110,7 @@ def test_kept_weights_are_used_and_dropped_again(packed: base.FrozenBase) -> Non
 def test_fused_kernels_round_as_much_as_the_plain_ones(family: str, dtype: torch.dtype) -> None:
     """The oracle is the plain model in float64; both are as far from it as their type's rounding."""
     exact, plain, fused = (frozen_model(family, "cuda", d) for d in (torch.float64, dtype, dtype))
+    assert {frozen.head_VD.dtype for frozen in (plain, fused)} == {dtype}
     exact.causal_lm.load_state_dict({k: v.double() for k, v in plain.causal_lm.state_dict().items()})
     fused.causal_lm.load_state_dict(plain.causal_lm.state_dict())
     kernels.prepare(fused, fused=True)
@@ -108,6 +125,7 @@ def test_fused_kernels_round_as_much_as_the_plain_ones(family: str, dtype: torch
 
     for true, of_plain, of_fused in zip(both(exact), both(plain), both(fused), strict=True):
         error_plain, error_fused = ((found - true).norm() / true.norm() for found in (of_plain, of_fused))
+        print(f"{family} {dtype} plain {error_plain:.3g}, fused {error_fused:.3g}")
         assert error_fused <= 1.5 * error_plain + 1e-7, f"plain {error_plain:.3g}, fused {error_fused:.3g}"
 
 

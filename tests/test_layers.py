@@ -15,7 +15,7 @@ PACKAGE = Path(wake2vec.__file__).parent
 # DESIGN section 5; a new file gets its place here first.
 LAYERS = {
     6: {"cli", "console"},
-    5: {"doctor", "outlook"},
+    5: {"doctor", "outlook", "smoke"},
     4: {"train", "resume"},
     3: {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
@@ -27,7 +27,7 @@ LAYERS = {
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-KNOWS_CONFIG = {"cli", "train", "model", "plan", "report", "resume", "identity", "preflight", "outlook"}
+KNOWS_CONFIG = {"cli", "train", "model", "plan", "report", "resume", "identity", "preflight", "outlook", "smoke"}
 
 
 def imports_of(source: str) -> set[str]:

@@ -153,6 +153,30 @@ def test_weights_without_nf4_are_not_kept(plain_folder: Path, cache: Path) -> No
     assert not cache.exists()
 
 
+def test_room_for_a_download_is_not_asked_for_where_the_body_is_kept(
+    plain_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight.hub, "download_sizes", lambda *_: (10**6, 10**16))
+    monkeypatch.setattr(base.BaseId, "files", lambda _: plain_folder)
+    for other in ("_run_volume", "_memory"):
+        monkeypatch.setattr(preflight, other, lambda *_: None)
+    run: Any = None
+    work: Any = None
+    recipe = make_recipe(tmp_path, {"model": {"quantization": "nf4", "compute_dtype": "bfloat16"}})
+    identity = base.BaseId("org/tiny", "org/tiny", "d" * 40)
+    with pytest.raises(WakeError, match=r"org/tiny needs 9313225\.75 GiB"):
+        preflight.check(recipe, run, identity, work)
+    monkeypatch.setattr(base, "_whole_folder", lambda *_: plain_folder)
+    load(identity)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = quantized.Source.of(identity.commit, "bfloat16", torch.device(device))
+    source.folder.mkdir(exist_ok=True)
+    (source.folder / "manifest.json").touch()
+    preflight.check(recipe, run, identity, work)
+    with pytest.raises(WakeError, match="org/tiny needs"):
+        preflight.check(make_recipe(tmp_path), run, identity, work)  # not quantised: the weights are read
+
+
 # --- damage
 
 

@@ -1,20 +1,25 @@
 """The `wake2vec` command."""
 
 import errno
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 import typer
 
 from wake2vec import __version__, config, console, rundir
 from wake2vec.errors import Stopped, WakeError
+
+if TYPE_CHECKING:
+    from wake2vec.doctor import Check
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread")
@@ -213,17 +218,30 @@ def fetch(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 
 
 @app.command()
-def doctor(runs: RunsOption = Path("runs"), as_json: JsonOption = False) -> None:
+def doctor(
+    runs: RunsOption = Path("runs"),
+    gpu: Annotated[bool, typer.Option("--gpu", help="Also train a tiny run on the card; about a minute.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say whether a run can start here, and the mend."""
     from wake2vec import doctor
 
-    found = list(doctor.checks(runs))
+    found = []
+    for check in itertools.chain(doctor.checks(runs), _smoke() if gpu else ()):
+        found.append(check)
+        if not as_json:
+            typer.echo(f"{check.state:5}{check.what:12}{check.found}")
     if as_json:
         typer.echo(json.dumps([check._asdict() for check in found]))
-    else:
-        for check in found:
-            typer.echo(f"{check.state:5}{check.what:12}{check.found}")
     doctor.raise_if_failed(found)
+
+
+def _smoke() -> Iterator["Check"]:
+    import torch
+
+    from wake2vec import smoke
+
+    yield from smoke.checks(torch.device("cuda"))
 
 
 def _age(saved_unix_s: float) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import json
 import sys
@@ -100,6 +101,7 @@ def resolve_commit(name: str, commit: str | None) -> str:
         return path.parent.name
 
 
+@functools.cache
 def fetch_small_files(name: str, commit: str) -> Path:
     """Return the folder of a model's configuration and tokenizer, fetched if they are not in the cache."""
     from huggingface_hub import snapshot_download
@@ -155,17 +157,33 @@ def download(name: str, commit: str, say: Callable[[str], None]) -> Path:
 
     _, missing_bytes = download_sizes(name, commit)
     with hub_errors(name, commit), _bars() if sys.stderr.isatty() else _lines(name, missing_bytes, say):
-        folder = _or_from_cache(
-            lambda local: snapshot_download(
-                name, revision=commit, allow_patterns=list(MODEL_FILES), local_files_only=local
-            )
-        )
+
+        def fetch(local: bool) -> str:
+            return snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES), local_files_only=local)
+
+        folder = _again_while_it_grows(lambda: _or_from_cache(fetch), _blobs(name), say)
     if missing := _missing_weights(folder):
         raise WakeError(
             f"base model {name}: {missing} is neither in the cache nor to be had; connect, or use a model with "
             "safetensors weights"
         )
     return folder
+
+
+def _again_while_it_grows(fetch: Callable[[], Path], blobs: Path, say: Callable[[str], None]) -> Path:
+    """Fetch again after an error, as long as each attempt brings more: the client goes on where it stopped."""
+    while True:
+        before = _bytes_in(blobs)
+        try:
+            return fetch()
+        except (OSError, _client_error()) as error:
+            if _bytes_in(blobs) <= before:
+                raise
+            say(f"the download broke off ({error}); going on with it")
+
+
+def _blobs(name: str) -> Path:
+    return cache_folder() / f"models--{name.replace('/', '--')}" / "blobs"
 
 
 def _missing_weights(folder: Path) -> str | None:
@@ -192,7 +210,7 @@ def _bars() -> Iterator[None]:
 @contextlib.contextmanager
 def _lines(name: str, missing_bytes: int, say: Callable[[str], None]) -> Iterator[None]:
     """Tell how much of a download has come, by what grows in the cache's folder of the model."""
-    blobs = cache_folder() / f"models--{name.replace('/', '--')}" / "blobs"
+    blobs = _blobs(name)
     done, before, started = threading.Event(), _bytes_in(blobs), time.monotonic()
 
     def watch() -> None:

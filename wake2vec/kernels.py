@@ -1,22 +1,24 @@
 """The frozen body's kernels: products with 4-bit weights, and fused norms, activations and rotary embeddings.
 
-None changes what is computed: the products are bitsandbytes' own numbers to the bit, with the 16-bit weights of some
-layers kept instead of unpacked each time; the fused kernels are Liger's (arXiv 2410.10989) and round differently in the
+None changes what is computed: the products are bitsandbytes' own numbers to the bit, wherever the 16-bit weights come
+from; the fused kernels are Liger's (arXiv 2410.10989) and round differently in the
 last place.
 
 Shapes: K tokens, I and O features in and out, B blocks, T tokens, D hidden size.
 """
 
 import functools
-import importlib
-from collections.abc import Callable
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.backends.cuda.ops import _dequantize_4bit_impl
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from wake2vec.base import FrozenBase
@@ -32,20 +34,106 @@ def prepare(base: FrozenBase, *, fused: bool) -> None:
     Raises:
         WakeError: the fused kernels do not compute what the model's own code computes.
     """
-    for module in base.body.modules():
-        if isinstance(module, Linear4bit):
-            module.kept_weight_OI = None
-            module.forward = MethodType(_forward, module)
+    for module in _packed(base.body):
+        module.weight_OI = functools.partial(_unpack, module)
+        module.forward = MethodType(_forward, module)
     if fused:
         _fuse(base)
 
 
-def keep_weights(body: Any, num_layers: int) -> None:
-    """Keep the unpacked weights of the first decoder layers beside the packed ones; of the others drop them."""
-    for index, layer in enumerate(body.layers):
-        for module in layer.modules():
-            if isinstance(module, Linear4bit):
-                module.kept_weight_OI = _unpack(module) if index < num_layers else None
+def place_weights(body: Any, *, kept_layers: int, shared_buffer: bool) -> None:
+    """Say where 16-bit weights come from; the packed ones stay where they are.
+
+    Args:
+        kept_layers: the first decoder layers, whose weights are unpacked now and kept.
+        shared_buffer: whether the other layers' are unpacked a layer at a time into memory that they share, by one
+            launch; otherwise a matrix at a time, each time it is used.
+    """
+    layers = [list(_packed(layer)) for layer in body.layers]
+    for layer in layers:
+        for module in layer:
+            module.weight_OI = functools.partial(_unpack, module)
+    for module in itertools.chain(*layers[:kept_layers]):
+        module.weight_OI = functools.partial(_same, _unpack(module))
+    others = layers[kept_layers:]
+    if shared_buffer and others:
+        buffer = _SharedBuffer(others)
+        for number, layer in enumerate(others):
+            for place, module in enumerate(layer):
+                module.weight_OI = functools.partial(buffer.weight, number, place)
+
+
+def _packed(module: nn.Module) -> Iterator[Any]:
+    return (part for part in module.modules() if isinstance(part, Linear4bit))
+
+
+def _same(weight_OI: Tensor) -> Tensor:
+    return weight_OI
+
+
+@torch.no_grad()
+def _unpack(module: Any) -> Tensor:
+    weight_OI: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return weight_OI
+
+
+@torch.no_grad()
+def _unpack_into(module: Any, out_OI: Tensor) -> None:
+    if not out_OI.is_cuda:
+        out_OI.copy_(_unpack(module))
+        return
+    state = module.weight.quant_state
+    scales_K = dequantize_blockwise(state.absmax, state.state2).add_(state.offset) if state.nested else state.absmax
+    # bitsandbytes 0.49.2 has an operator with `out`, which takes no shape for the right one: this is what it calls
+    _dequantize_4bit_impl(module.weight.data, scales_K, state.blocksize, state.quant_type, out_OI.dtype, out=out_OI)
+
+
+class _SharedBuffer:
+    """The 16-bit weights of the decoder layer that is being computed.
+
+    On a GPU a layer is unpacked by replaying a CUDA graph: its 21 kernels, called one by one from Python, keep an H100
+    waiting.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Any]]) -> None:
+        self._layers = layers
+        self._weights = [torch.empty_like(_unpack(module)) for module in layers[0]]
+        self._holds: int | None = None
+        on_gpu = self._weights[0].is_cuda
+        self._unpack(0)  # whatever is set up at first use is no part of a graph
+        # one stream and one pool: memory is used again within a stream only
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._stream = torch.cuda.Stream() if on_gpu else None
+        self._graphs = [self._capture(number) for number in range(len(layers))] if on_gpu else []
+
+    def weight(self, number: int, place: int) -> Tensor:
+        """Return a weight of a layer, OI; it is gone when another layer's is asked for."""
+        if self._holds != number:
+            self._holds = None  # a signal may come in the middle
+            if self._graphs:
+                self._graphs[number].replay()
+            else:
+                self._unpack(number)
+            self._holds = number
+        return self._weights[place]
+
+    def _unpack(self, number: int) -> None:
+        for module, weight_OI in zip(self._layers[number], self._weights, strict=True):
+            _unpack_into(module, weight_OI)
+
+    def _capture(self, number: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # not torch.cuda.graph: it collects garbage before each capture
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                self._unpack(number)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph
 
 
 def _forward(self: Any, x_KI: Tensor) -> Tensor:
@@ -59,21 +147,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_KI: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x_KI, _weight(layer), layer.bias)
+        return functional.linear(x_KI, layer.weight_OI(), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, grad_KO: Tensor) -> tuple[Tensor, None]:
-        return grad_KO @ _weight(ctx.layer), None
-
-
-def _weight(layer: Any) -> Tensor:
-    return _unpack(layer) if layer.kept_weight_OI is None else layer.kept_weight_OI
-
-
-@torch.no_grad()
-def _unpack(layer: Any) -> Tensor:
-    weight_OI: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return weight_OI
+        return grad_KO @ ctx.layer.weight_OI(), None
 
 
 def _fuse(base: FrozenBase) -> None:
@@ -83,8 +161,11 @@ def _fuse(base: FrozenBase) -> None:
     apply = _liger(model_type)
     if apply is None:
         return
+    module: Any = sys.modules[type(base.body).__module__]
+    names = dict(vars(module))
     apply(model=base.causal_lm, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
-    _fuse_rotary(type(base.body).__module__)
+    vars(module).update(names)  # this model alone: one that is built later may lie on a CPU
+    _fuse_rotary(module)
     after_BTD = _one_layer(base)
     difference = float((after_BTD - before_BTD).norm() / before_BTD.norm())
     if not difference <= _LARGEST_DIFFERENCE[base.head_VD.dtype]:
@@ -102,11 +183,10 @@ def _liger(model_type: str) -> Callable[..., None] | None:
     return apply
 
 
-def _fuse_rotary(module_name: str) -> None:
+def _fuse_rotary(module: Any) -> None:
     """Patch the rotary embedding of a transformers module: Liger's for tensors on a GPU, its own for others."""
     from liger_kernel.transformers import liger_rotary_pos_emb
 
-    module: Any = importlib.import_module(module_name)
     plain = module.apply_rotary_pos_emb
     if hasattr(plain, "unfused"):
         return

@@ -41,7 +41,7 @@ class WakeModel:
             self.base.causal_lm.gradient_checkpointing_disable()
         else:
             self.base.causal_lm._set_gradient_checkpointing(True, Checkpointing(self._stash))
-        kernels.keep_weights(self.base.body, plan.kept_layers)
+        kernels.place_weights(self.base.body, kept_layers=plan.kept_layers, shared_buffer=plan.shared_buffer)
 
     @property
     def head_rows(self) -> nn.Parameter:

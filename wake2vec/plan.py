@@ -30,6 +30,8 @@ class Plan:
             which lie on the device or offloaded to host memory.
         table_on_host: whether the base input table lies in host memory (untied models only).
         kept_layers: decoder layers whose weights lie unpacked to 16 bits beside the packed ones.
+        shared_buffer: whether the others are unpacked a layer at a time into memory that they share, or a matrix at a
+            time.
         chunk_tokens: tokens whose logits are held at a time.
         fused: whether fused kernels take the place of transformers' own.
     """
@@ -39,6 +41,7 @@ class Plan:
     chunk_tokens: int
     table_on_host: bool = False
     kept_layers: int = 0
+    shared_buffer: bool = False
     fused: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -92,12 +95,16 @@ class Work:
         return 1 if self.tied else 2
 
     @property
+    def body_flop(self) -> int:
+        """Return the floating-point operations of a step's forward matrix products in the body."""
+        return 2 * self.batch_size * self.seq_len * self.layer_params * self.num_layers
+
+    @property
     def flop(self) -> int:
         """Return the floating-point operations of a step's matrix products, without any done twice."""
         tokens = self.batch_size * self.seq_len
-        body = 4 * tokens * self.layer_params * self.num_layers
         rows = self.vocab_size * 2 + self.num_new_tokens * 3
-        return body + 2 * tokens * rows * self.hidden_size
+        return 2 * self.body_flop + 2 * tokens * rows * self.hidden_size
 
 
 def read_work(
@@ -192,7 +199,8 @@ def estimate(plan: Plan, work: Work) -> Estimate:
     """Return what a plan takes of the device's memory, and of the host's where something was moved there."""
     tokens = plan.micro_batch_size * work.seq_len
     row_bytes = 4 * work.num_new_tokens * work.hidden_size
-    body = work.body_bytes + plan.kept_layers * work.layer_params * work.element_bytes * work.packed
+    unpacked_layers = (plan.kept_layers + plan.shared_buffer) * work.packed
+    body = work.body_bytes + unpacked_layers * work.layer_params * work.element_bytes
     table_bytes = 0 if work.tied else work.matrix_bytes
     sparse = 0 if work.tied else 4 * work.batch_size * work.seq_len * work.hidden_size
     gradients = row_bytes + sparse
@@ -237,7 +245,8 @@ def _layer_bytes(plan: Plan, work: Work, tokens: int) -> int:
 
 def _transient_bytes(plan: Plan, work: Work, tokens: int) -> int:
     """Return what comes and goes within a layer: an unpacked matrix, gradients of the MLP and the hidden states."""
-    unpacked = work.largest_params * work.element_bytes if work.packed and plan.kept_layers < work.num_layers else 0
+    by_matrix = work.packed and not plan.shared_buffer and plan.kept_layers < work.num_layers
+    unpacked = work.largest_params * work.element_bytes * by_matrix
     wide = 3 * 4 * work.hidden_size if work.element_bytes == 2 and not plan.fused else 0
     return unpacked + tokens * ((work.intermediate_size + 4 * work.hidden_size) * work.element_bytes + wide)
 

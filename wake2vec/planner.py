@@ -4,7 +4,9 @@ A run's own plan is followed as long as it fits, so that a resume computes the s
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -14,14 +16,20 @@ from wake2vec.errors import WakeError
 from wake2vec.plan import ACTIVATIONS, Plan, Work, estimate
 
 _CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)
-_USABLE = 0.95
+USABLE = 0.95
 """Share of the limit that is planned for: the allocator loses a few percent to fragments."""
 _STEP_DOWN = 0.95
-"""Share of a plan that ran out of memory which the next one is made for, before `_USABLE`."""
-_SATURATED_TOKENS = 2048
-"""A micro-batch of fewer tokens takes no less time: Python and the unpacking of weights bound it (H100)."""
-_UNPACK = 0.2
-"""Time of unpacking a layer's 4-bit weights, and of calling the kernels, over that of its matrix products (H100)."""
+"""Share of a plan that ran out of memory which the next one is made for, before `USABLE`."""
+# What decides between two plans, in seconds on an H100 (bench/RESULTS.md, 2026-11-23); only their relation matters.
+_FLOP_PER_S = 6.5e14
+_ELEMENTWISE = 0.25
+"""Time of norms, activations and attention over that of the matrix products."""
+_UNPACK_BYTES_PER_S = 1.7e12
+"""16-bit bytes that bitsandbytes writes a second."""
+_CALL_LAYER_S, _CALL_UNPACK_S = 1.8e-3, 1.4e-3
+"""Time that Python takes for a pass through a layer, and for unpacking its matrices one by one."""
+_LOSS_S, _CHUNK_S = 9e-9, 1.5e-12
+"""Time of the loss a token and word row of 5,120 values, and of a chunk a word and value."""
 
 
 def make_plan(
@@ -60,33 +68,42 @@ def _candidates(work: Work, *, fused: bool, host_is_apart: bool, like: Plan | No
     sizes = [size for size in range(work.batch_size, 0, -1) if work.batch_size % size == 0]
     activations = ACTIVATIONS if host_is_apart else ACTIVATIONS[:2]
     tables = [False, True] if host_is_apart and not work.tied else [False]
-    for size, where, table in itertools.product(sizes, activations, tables if like is None else [like.table_on_host]):
+    tables = tables if like is None else [like.table_on_host]
+    buffers = [False, True] if host_is_apart and work.packed else [False]
+    for size, where, table, buffer in itertools.product(sizes, activations, tables, buffers):
         tokens = size * work.seq_len
         for chunk in [c for c in _CHUNKS if c < tokens] + [min(tokens, _CHUNKS[0])]:
-            yield Plan(size, where, chunk, table, 0, fused)
+            yield Plan(size, where, chunk, table_on_host=table, shared_buffer=buffer, fused=fused)
 
 
 def _with_kept_layers(plan: Plan, work: Work, limit_bytes: int) -> Plan | None:
     """Return the plan with as many layers unpacked as fit, None if it does not fit at all."""
-    spare = int(limit_bytes * _USABLE) - estimate(plan, work).peak
+    spare = int(limit_bytes * USABLE) - estimate(plan, work).peak
     if spare < 0:
         return None
     layers = min(work.num_layers, spare // (work.layer_params * work.element_bytes)) if work.packed else 0
-    return Plan(**{**plan.as_json(), "kept_layers": layers})
+    return replace(plan, kept_layers=layers, shared_buffer=plan.shared_buffer and layers < work.num_layers)
 
 
 def _cost(plan: Plan, work: Work) -> float:
-    """Return the time of a step on a scale of its own: enough to tell which of two plans is faster."""
-    tokens = max(plan.micro_batch_size * work.seq_len, _SATURATED_TOKENS)
-    passes = 2.0 if plan.activations == "kept" else 3.0
-    unpacked = 1.0 - plan.kept_layers / work.num_layers if work.packed else 0.0
-    apart = 0.02 * (plan.activations == "offloaded") + 0.01 * plan.table_on_host
-    chunks = 10.0 / min(plan.chunk_tokens, tokens)
-    return work.batch_size // plan.micro_batch_size * tokens * (passes * (1.0 + _UNPACK * unpacked) + apart + chunks)
+    """Return about how long a step takes: whichever is slower, the device or Python calling it, and the loss."""
+    count = work.batch_size // plan.micro_batch_size
+    tokens = plan.micro_batch_size * work.seq_len
+    passes = 2 if plan.activations == "kept" else 3
+    unpackings = (2 if plan.shared_buffer else passes) * work.packed
+    layers = work.num_layers - plan.kept_layers
+    on_device = work.body_flop / count * passes * (1 + _ELEMENTWISE) / _FLOP_PER_S
+    on_device += unpackings * layers * work.layer_params * work.element_bytes / _UNPACK_BYTES_PER_S
+    on_device *= 1.02 if plan.activations == "offloaded" else 1.0
+    calling = work.num_layers * passes * _CALL_LAYER_S
+    calling += unpackings * layers * _CALL_UNPACK_S * (not plan.shared_buffer)
+    words = (work.vocab_size + work.num_new_tokens) * work.hidden_size
+    loss = words * (tokens * _LOSS_S / 1e6 + math.ceil(tokens / plan.chunk_tokens) * _CHUNK_S)
+    return count * (max(on_device, calling) + loss + 2e-3 * plan.table_on_host)
 
 
 def saved_plan(header: Mapping[str, Any]) -> Plan | None:
-    """Return the plan that a sentry holds, None where an earlier version wrote another kind."""
+    """Return the plan that a sentry holds, None where another version wrote another kind."""
     try:
         return Plan(**header)
     except TypeError:

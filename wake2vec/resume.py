@@ -75,6 +75,16 @@ class _Counters(BaseModel):
 _PLAN = TypeAdapter(Plan)
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A step whose numbers the device may still be computing; `loss` and `norm` are 0-dim."""
+
+    step: int
+    rate: float
+    loss: Tensor
+    norm: Tensor
+
+
 @dataclass
 class Training:
     """A run in memory; `step` is the last finished one, and the rows are always those after it."""
@@ -92,6 +102,8 @@ class Training:
     console: Console
     step: int
     window: LossWindow
+    pending: list[Pending] = field(default_factory=list)
+    settled_at: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)
     beat_at: float = -math.inf
 
@@ -184,7 +196,7 @@ def resume(
     if found and plan != saved:
         note_plan(run, record, console.say, step=step, before=found.header["plan"], plan=plan)
     window = LossWindow(**found.header["window"]) if found else LossWindow()
-    return Training(
+    training = Training(
         run,
         recipe,
         inputs,
@@ -199,10 +211,12 @@ def resume(
         step=step,
         window=window,
     )
+    writer.reserve(training.tensors())
+    return training
 
 
 def _device(recipe: Recipe, options: Options) -> torch.device:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if recipe.train.exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

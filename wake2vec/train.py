@@ -27,7 +27,7 @@ from wake2vec.optimizer import clip_scale, grad_norm
 from wake2vec.overlay import to_device
 from wake2vec.plan import estimate
 from wake2vec.planner import leaner_plan
-from wake2vec.resume import Console, LossWindow, Options, Training, note_plan, resume
+from wake2vec.resume import Console, LossWindow, Options, Pending, Training, note_plan, resume
 from wake2vec.rundir import RunDir, hold, write_json
 from wake2vec.schedule import learning_rate_at
 from wake2vec.signals import StopSignal
@@ -35,6 +35,7 @@ from wake2vec.signals import StopSignal
 _HEARTBEAT_GAP_S = 5.0
 _SNAPSHOT_WAIT_S = 30.0
 """A snapshot waits so long for the save before it; on a volume slower than that it is skipped like any other."""
+_SETTLE_GAP_S = 1.0
 _USUAL = Options()
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ def train(recipe: Recipe, run: RunDir, console: Console, options: Options = _USU
         try:
             _loop(training, stop)
         except Stopped:
+            _settle(training)
             if training.writer.wait() != training.step:
                 training.writer.save_now(training.tensors(), training.header())
             console.say(f"stopped after step {training.step}, saved")
@@ -79,27 +81,88 @@ def is_done(run: RunDir, recipe: Recipe) -> bool:
     return finished and run.sentry(recipe.train.max_steps).exists()
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """What a step's forward and backward leave beside the rows' gradients, which are those of the summed loss.
+
+    Attributes:
+        loss: mean nats a token over the step, 0-dim; `norm`: of that mean's gradient.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    num_scored: int
+
+
 def _loop(training: Training, stop: StopSignal) -> None:
     """Run the steps that are left; on `Stopped` the rows are those of `training.step`."""
     train = training.recipe.train
     with stop.interruptible():
         _try_plan(training)
     _after_step(training, stop)
+    training.settled_at = time.monotonic()
     for step in range(training.step + 1, train.max_steps + 1):
-        started = time.monotonic()
         with stop.interruptible():
             gradient = _within_memory(training, lambda: _gradient(training, step))  # noqa: B023 - called at once
         training.writer.wait_for_copy()
         rate = learning_rate_at(
             step, learning_rate=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
         )
-        training.optimizer.step(rate, clip_scale(gradient.norm, train.max_grad_norm) / gradient.num_scored)
+        _update(training, gradient, rate)
         training.step = step
-        training.window.add(gradient.loss, time.monotonic() - started)
-        _log(training, rate, float(gradient.norm))
-        _after_step(training, stop)
-        stop.check()
+        training.pending.append(Pending(step, rate, gradient.loss, gradient.norm))
+        if _is_due(training) or stop.received:
+            _settle(training)
+            _after_step(training, stop)
+            training.settled_at = time.monotonic()
+            stop.check()
     _finish(training, stop)
+
+
+def _is_due(training: Training) -> bool:
+    """Say whether a step's numbers are wanted now; a GPU is not kept waiting for them after every step."""
+    run, step = training.recipe.run, training.step
+    if training.model.base.device.type != "cuda" or step == training.recipe.train.max_steps:
+        return True
+    intervals = [every for every in (run.log_every, run.eval_every, run.snapshot_every, run.keep_every) if every]
+    return any(step % every == 0 for every in intervals) or time.monotonic() - training.settled_at >= _SETTLE_GAP_S
+
+
+def _settle(training: Training) -> None:
+    """Wait for the steps under way and take their numbers; nothing is saved before this has found them finite."""
+    if not training.pending:
+        return
+    numbers = torch.stack([torch.stack([p.loss, p.norm.to(p.loss)]) for p in training.pending]).tolist()
+    seconds = (time.monotonic() - training.settled_at) / len(training.pending)
+    for pending, (loss, norm) in zip(training.pending, numbers, strict=True):
+        _check_finite(training, pending.step, loss, norm)
+        training.window.add(loss, seconds)
+        _log(training, pending, norm)
+    training.pending.clear()
+
+
+def _update(training: Training, gradient: Gradient, rate: float) -> None:
+    """Update the rows in place."""
+    scale = clip_scale(gradient.norm, training.recipe.train.max_grad_norm) / gradient.num_scored
+    try:
+        training.optimizer.step(rate, scale)
+    except torch.OutOfMemoryError as error:
+        raise WakeError(
+            f"out of memory in the update of step {training.step + 1} ({str(error).splitlines()[0]}); free the card of "
+            f"other programs; the sentry of step {training.writer.wait()} is whole and kept, and the same command "
+            "goes on from it"
+        ) from None
+
+
+def _check_finite(training: Training, step: int, loss: float, norm: float) -> None:
+    """Stop before rows that hold NaN or Inf could be saved."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise WakeError(
+        f"step {step}: loss {loss}, gradient norm {norm}, blocks {_indices(training, step)}; the sentry of step "
+        f"{training.writer.wait()} is whole and kept; look at these blocks, or begin another run with a lower "
+        "train.learning_rate"
+    )
 
 
 def _try_plan(training: Training) -> None:
@@ -134,7 +197,7 @@ def _step_down(training: Training) -> None:
         raise WakeError(
             f"out of memory after step {training.step}: even the leanest plan ({before / 2**30:.1f} GiB by the "
             f"estimate) did not fit; free the card of other programs (nvidia-smi shows them) or use a larger one; "
-            f"the sentry of step {training.writer.saved_step} is whole and kept, and the same command goes on from it"
+            f"the sentry of step {training.writer.wait()} is whole and kept, and the same command goes on from it"
         )
     training.model.zero_grad()
     training.model.follow(leaner)
@@ -146,27 +209,11 @@ def _step_down(training: Training) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """What a step's forward and backward leave beside the rows' gradients, which are those of the summed loss."""
-
-    loss: float
-    norm: Tensor
-    num_scored: int
-
-
 def _gradient(training: Training, step: int) -> Gradient:
-    """Fill the rows' gradients with those of a step; loss and norm are those of its mean, in nats a token."""
+    """Fill the rows' gradients with those of a step; nothing waits for the device."""
     losses, num_scored = _sums(training, step, training.recipe.train.batch_size)
     norm = grad_norm(training.model.rows.values()) / num_scored
-    loss = float(torch.stack(losses).sum()) / num_scored
-    if not math.isfinite(loss) or not math.isfinite(float(norm)):
-        raise WakeError(
-            f"step {step}: loss {loss}, gradient norm {float(norm)}, blocks {_indices(training, step)}; the sentry of "
-            f"step {training.writer.wait()} is whole and kept; look at these blocks, or begin another run with a "
-            "lower train.learning_rate"
-        )
-    return Gradient(loss, norm, num_scored)
+    return Gradient(torch.stack(losses).sum() / num_scored, norm, num_scored)
 
 
 def _sums(training: Training, step: int, num_blocks: int) -> tuple[list[Tensor], int]:
@@ -194,7 +241,8 @@ def _after_step(training: Training, stop: StopSignal) -> None:
             _evaluate(training)
     snapshot = run.snapshot_every > 0 and step > 0 and step % run.snapshot_every == 0
     if training.writer.saved_step != step:
-        urgent = snapshot or step in (0, train.max_steps, training.metrics.best_step())
+        kept = run.keep_every > 0 and step % run.keep_every == 0
+        urgent = snapshot or kept or step in (0, train.max_steps, training.metrics.best_step())
         _save(training, urgent=urgent, snapshot=snapshot)
     _beat(training)
 
@@ -233,23 +281,23 @@ def _record(training: Training, values: dict[str, float]) -> None:
     training.console.log(training.step, values)
 
 
-def _log(training: Training, rate: float, norm: float) -> None:
-    """Show the step and, where a line is due, put the mean over the steps since the last one on record."""
+def _log(training: Training, pending: Pending, norm: float) -> None:
+    """Show a step and, where a line is due, put the mean over the steps since the last one on record."""
     train, window, metrics = training.recipe.train, training.window, training.metrics
     step_s = window.seconds / window.num_timed
     values = {
         "train/loss_nats": window.loss_sum / window.num_steps,
-        "optim/learning_rate": rate,
+        "optim/learning_rate": pending.rate,
         "optim/grad_norm": norm,
         "time/step_s": step_s,
         "throughput/tokens_per_s": train.batch_size * training.recipe.data.seq_len / step_s,
         "memory/peak_gib": training.model.peak_memory_bytes() / 2**30,
     }
     val = {key: value for key in ("val/loss_nats", "val/bits_per_char") if (value := metrics.value(key)) is not None}
-    training.console.step(training.step, train.max_steps, {**values, **val})
-    if training.step % training.recipe.run.log_every == 0 or training.step == train.max_steps:
-        metrics.append(training.step, values)
-        training.console.log(training.step, values)
+    training.console.step(pending.step, train.max_steps, {**values, **val})
+    if pending.step % training.recipe.run.log_every == 0 or pending.step == train.max_steps:
+        metrics.append(pending.step, values)
+        training.console.log(pending.step, values)
         training.window = LossWindow()
 
 

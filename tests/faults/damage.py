@@ -89,7 +89,9 @@ def _zero(content: bytes, rng: random.Random) -> bytes:
 
 def _replace(content: bytes, rng: random.Random) -> bytes:
     """Put another file's content in its place, or noise of the same length."""
-    return rng.choice([b"", b"{}", b"null\n", b"[" * 10**5, rng.randbytes(len(content)), b'{"step": 1, "crc32": "00000000"}\n' * 3])
+    return rng.choice(
+        [b"", b"{}", b"null\n", b"[" * 10**5, rng.randbytes(len(content)), b'{"step": 1, "crc32": "00000000"}\n' * 3]
+    )
 
 
 def _double(content: bytes, rng: random.Random) -> bytes:
