@@ -232,8 +232,9 @@ def test_toml_mistake_names_its_line(tmp_path: Path) -> None:
     [
         (b"[model]\nbase = '\xff'\n", "not UTF-8 at byte 16; save it as UTF-8"),
         (b"\x00", "not TOML"),
-        pytest.param(b"x = " + b"[" * 1_000_000, "nested too deep", id="deep"),
-        pytest.param(b"x = " + b"{a=" * 100_000, "nested too deep", id="deep tables"),
+        pytest.param(b"x = " + b"[" * 10_000, "nested too deep", id="deep"),
+        pytest.param(b"x = " + b"{a=" * 5_000, "nested too deep", id="deep tables"),
+        pytest.param(b"a." * 10_000 + b"b = 1", "has 20,005 bytes, a recipe at most 16,384", id="large"),
         pytest.param(GOOD.encode() + b"[train]\nseed = " + b"1" * 5000, "not TOML", id="long"),
         (GOOD.encode() + b"[model]\n", "not TOML"),
         (b"", "model: missing"),

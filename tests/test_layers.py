@@ -22,7 +22,7 @@ LAYERS = {
         *("machine", "demo", "identity", "keeping", "hub", "preflight", "kernels", "planner", "quantized"),
     },
     2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "checkpointing"},
-    1: {"config", "rundir", "signals"},
+    1: {"config", "rundir", "scribe", "signals"},
     0: {"errors"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

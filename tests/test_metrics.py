@@ -1,10 +1,12 @@
 """The metrics file and the loss table."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
+from wake2vec import metrics
 from wake2vec.metrics import MetricsLog, loss_table, read_records
 from wake2vec.rundir import RunDir
 
@@ -46,7 +48,7 @@ def test_torn_last_line_is_left_out_and_mended(torn: str, run: RunDir) -> None:
         file.write(torn)
     whole = [*RECORDS, {"step": 9}] if torn.endswith("}") else RECORDS
     assert read_records(run.metrics) == whole
-    log = MetricsLog(run, step=9)
+    log = MetricsLog(run, step=9, say=print)
     log.append(10, {"a": 1})
     log.close()
     assert read_records(run.metrics) == [*whole, {"step": 10, "a": 1}]
@@ -65,7 +67,7 @@ def test_missing_file_has_no_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [-1, 0, 3, 4, 7, 8, 100])
 def test_opening_cuts_back_to_a_step(step: int, run: RunDir) -> None:
     wanted = [record for record in RECORDS if record["step"] <= step]
-    log = MetricsLog(run, step)
+    log = MetricsLog(run, step, print)
     log.close()
     assert log.records == wanted
     assert read_records(run.metrics) == wanted
@@ -73,7 +75,7 @@ def test_opening_cuts_back_to_a_step(step: int, run: RunDir) -> None:
 
 
 def test_append_is_on_disk_at_once_and_exact(run: RunDir) -> None:
-    log = MetricsLog(run, 0)
+    log = MetricsLog(run, 0, print)
     log.append(3, {"train/loss_nats": 0.1 + 0.2, "n": 7})
     log.sync()
     assert read_records(run.metrics)[-1] == {"step": 3, "train/loss_nats": 0.1 + 0.2, "n": 7}
@@ -83,7 +85,7 @@ def test_append_is_on_disk_at_once_and_exact(run: RunDir) -> None:
 
 
 def test_has_and_value_find_what_is_on_record(run: RunDir) -> None:
-    log = MetricsLog(run, 8)
+    log = MetricsLog(run, 8, print)
     log.close()
     assert log.has(4, "val/loss_nats")
     assert log.has(4, "train/loss_nats")
@@ -97,7 +99,7 @@ def test_has_and_value_find_what_is_on_record(run: RunDir) -> None:
 
 
 def test_best_step_is_that_of_the_lowest_held_out_loss(run: RunDir) -> None:
-    log = MetricsLog(run, 8)
+    log = MetricsLog(run, 8, print)
     assert log.best_step() == 4
     log.append(12, {"val/loss_nats": 3.25})
     assert log.best_step() == 4  # the first of equals
@@ -107,6 +109,40 @@ def test_best_step_is_that_of_the_lowest_held_out_loss(run: RunDir) -> None:
 
 
 def test_best_step_of_nothing_is_none(tmp_path: Path) -> None:
-    log = MetricsLog(RunDir(tmp_path), 0)
+    log = MetricsLog(RunDir(tmp_path), 0, print)
     log.close()
     assert log.best_step() is None
+
+
+def test_damaged_line_is_named_and_left_out(run: RunDir) -> None:
+    MetricsLog(run, 100, print).close()  # now with checksums
+    lines = run.metrics.read_bytes().split(b"\n")
+    lines[2] = lines[2].replace(b"3.5", b"3.4")
+    run.metrics.write_bytes(b"\n".join(lines))
+    said: list[str] = []
+    log = MetricsLog(run, 100, said.append)
+    log.close()
+    assert said == ["metrics.jsonl is damaged: lines 3 are left out"]
+    assert log.records == [record for record in RECORDS if record != RECORDS[2]]
+
+
+def test_line_that_finds_no_room_is_finished_later(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(run, 8, print)
+    plain, room = metrics.os.write, [5]
+
+    def write(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = plain(descriptor, data[: room[0]])
+        room[0] -= written
+        return written
+
+    monkeypatch.setattr(metrics.os, "write", write)
+    log.append(9, {"a": 1})
+    with pytest.raises(OSError, match="No space"):
+        log.sync()
+    room[0] = 10**6
+    log.append(10, {"a": 2})
+    log.sync()
+    log.close()
+    assert read_records(run.metrics)[-2:] == [{"step": 9, "a": 1}, {"step": 10, "a": 2}]

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import struct
 import zipfile
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import NEW, Quiet, make_recipe, run_to_end
+from tiny import NEW, Quiet, make_inputs, make_recipe, run_to_end
+from tokenizers_tiny import qwen, wake_lexicon
 from torch import Tensor
 
 from wake2vec import keeping, sentry
@@ -495,3 +497,34 @@ def test_prune_never_removes_the_last_good_one(ended: RunDir) -> None:
 def test_prune_needs_the_run_to_itself(ended: RunDir) -> None:
     with hold(ended), pytest.raises(WakeError, match="held by process"):
         keeping.prune(ended)
+
+
+def test_the_earlier_runs_rows_land_on_the_right_words(tmp_path: Path) -> None:
+    """43,824 rows from id 152,064 on, Qwen's vocabulary, the real lexicon: the padding gap's words start fresh."""
+    (tmp_path / "inputs").mkdir()
+    inputs = make_inputs(tmp_path / "inputs", tokenizer=qwen())
+    lexicon = inputs / "lexicon.txt"
+    lexicon.write_bytes(wake_lexicon().read_bytes())
+    changes = {"train": {"max_steps": 30, "warmup_steps": 1}, "run": {"keep_every": 100}}
+
+    class Stops(Quiet):
+        def step(self, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(Stopped):
+        train(make_recipe(inputs, changes), run, Stops())
+    path = save(tmp_path / "sentry_step_0020.pt", seed_payload(43_824, first=152_064, step=20))
+    assert "fresh: 399 input rows" in keeping.import_pt(run, path)
+    rows = sentry.read(run.sentry(20)).tensors["rows/input"]
+    words = read_json(run.identity)["identity"]["num_new_tokens"]
+    assert (len(rows), words) == (44_223, 44_223)
+    assert torch.equal(rows[399:], seed_payload(43_824)["embeddings"].float())
+    assert torch.equal(rows[:399], sentry.read(run.sentry(0)).tensors["rows/input"][:399])
+
+    lexicon.write_text("\n".join(lexicon.read_text("utf-8").splitlines()[1:]) + "\n", "utf-8")
+    other = RunDir(tmp_path / "other")
+    with pytest.raises(Stopped):
+        train(make_recipe(inputs, changes), other, Stops())
+    with pytest.raises(WakeError, match="ids 152064 to 195887, the run's new words are 151665 to 195886: another lexi"):
+        keeping.import_pt(other, path)

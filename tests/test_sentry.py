@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import shutil
 import threading
@@ -114,6 +115,41 @@ def test_the_newest_is_by_header_not_by_name(run: RunDir) -> None:
     found = sentry.newest(run, "abc", print)
     assert found is not None
     assert found.step == 40
+
+
+def test_a_newest_with_a_damaged_header_is_named_too(run: RunDir) -> None:
+    save(run, 20)
+    unreadable, lowered = save(run, 40), save(run, 60)
+    unreadable.write_bytes(b"x" + unreadable.read_bytes()[1:])
+    assert b": 60" in lowered.read_bytes()
+    lowered.write_bytes(lowered.read_bytes().replace(b": 60", b": 10", 1))
+    said: list[str] = []
+    found = sentry.newest(run, "abc", said.append)
+    assert found is not None
+    assert found.step == 20
+    assert sorted(line.split()[0] for line in said) == [run.sentry(step).name for step in (40, 60)]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_plain_file_is_never_opened(kind: str, run: RunDir) -> None:
+    path = run.sentry(9)
+    if kind == "link":
+        path.symlink_to(save(run, 5))
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(sentry.DamagedError, match="no plain file"):
+        sentry.read_header(path)
+
+
+def test_nan_is_never_saved(run: RunDir) -> None:
+    said: list[str] = []
+    writer = make_writer(run, said)
+    writer.save_now(tensors(), header(1))
+    poisoned = tensors()
+    poisoned["rows/head"][2, 1] = float("inf")
+    with pytest.raises(WakeError, match=r"rows/head holds NaN or Inf.* step 1 is whole and kept"):
+        writer.save_now(poisoned, header(2))
+    assert [h["step"] for _, h, _ in sentry.listing(run) if h] == [1]
 
 
 def test_another_runs_sentry_is_refused(run: RunDir) -> None:
@@ -263,5 +299,5 @@ def test_a_power_cut_cannot_lose_the_folder(tmp_path: Path, monkeypatch: pytest.
     synced: list[Path] = []
     monkeypatch.setattr(rundir, "sync_folder", synced.append)
     rundir.make_folder(tmp_path / "a" / "b")
-    assert synced == [tmp_path, tmp_path / "a"]
+    assert synced == [tmp_path.parent, tmp_path, tmp_path / "a"]
     shutil.rmtree(tmp_path / "a")

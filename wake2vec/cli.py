@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from wake2vec.doctor import Check
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread")
+_OUT_OF_MEMORY = (
+    "memory: this machine, or the limit it runs under, has no more; free some or raise the limit, then give the same "
+    "command again: a run goes on from its last sentry"
+)
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
 
 app = typer.Typer(
@@ -101,15 +107,17 @@ def train(
 
 
 def _show_result(run: rundir.RunDir, records: list[dict[str, Any]], as_json: bool) -> None:
-    def last(key: str) -> float:
-        return float([record[key] for record in records if key in record][-1])
+    def found(key: str) -> list[float | None]:
+        return [record[key] for record in records if key in record] or [None]  # a damaged line is left out
 
-    before = next(record["val/bits_per_char"] for record in records if "val/bits_per_char" in record)
+    def last(key: str) -> float | None:
+        return found(key)[-1]
+
     result = {
         "run": str(run.path),
         "step": records[-1]["step"],
         "val/bits_per_char": {
-            "before": before,
+            "before": found("val/bits_per_char")[0],
             "after": last("val/bits_per_char"),
             "base": last("base/bits_per_char"),
             "shuffled": last("control/bits_per_char"),
@@ -124,7 +132,8 @@ def _show_result(run: rundir.RunDir, records: list[dict[str, Any]], as_json: boo
         "base": "base model with its own tokenizer",
         "shuffled": "trained rows shuffled among the words",
     }
-    rows = [[names[key], f"{value:.4f}"] for key, value in result["val/bits_per_char"].items()]
+    values = result["val/bits_per_char"].items()
+    rows = [[names[key], "not on record" if value is None else f"{value:.4f}"] for key, value in values]
     console.print_table(f"{run.path}: held-out text after step {result['step']}", ["", "bits/char"], rows)
 
 
@@ -259,15 +268,23 @@ def _run() -> int:
     except WakeError as error:
         return _fail(str(error))
     except (Stopped, KeyboardInterrupt, click.Abort):
+        for number in (signal.SIGTERM, signal.SIGINT):  # it is ending: a second one must not change how
+            signal.signal(number, signal.SIG_IGN)
         return STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except MemoryError:
+        return _fail(_OUT_OF_MEMORY)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            return _fail(_OUT_OF_MEMORY)
         if error.filename is None and error.errno not in _DISK_ERRORS:
             return _bug()
         return _fail(f"{error.filename or 'disk'}: {error.strerror}; check the disk, its space and the file's owner")
-    except Exception:  # the one place where every exception ends
+    except Exception as error:  # the one place where every exception ends
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY):
+            return _fail(_OUT_OF_MEMORY)
         return _bug()
     return DONE
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from wake2vec.errors import WakeError
+from wake2vec.rundir import refuse_endless
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Interval = Annotated[int, Field(ge=0, lt=2**31)]
@@ -17,6 +18,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 """Not empty, and without the NUL that no path may hold."""
 _SHOWN_CHARS = 80
+_MAX_RECIPE_BYTES = 2**14
 
 
 class _Section(BaseModel):
@@ -180,7 +182,13 @@ def _recipe_text(name_or_path: str) -> tuple[str, str]:
         names = ", ".join(sorted(shipped))
         guess = _did_you_mean(name_or_path, shipped)
         raise WakeError(f"recipe {name_or_path}: no such recipe{guess}; use one of {names}, or a path ending in .toml")
+    refuse_endless(path, "recipe")
     try:
+        size = path.stat().st_size
+        if size > _MAX_RECIPE_BYTES:  # a parser may take hours over what is no recipe
+            raise WakeError(
+                f"recipe {name_or_path}: has {size:,} bytes, a recipe at most {_MAX_RECIPE_BYTES:,}; check the path"
+            )
         return path.stem, path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise WakeError(

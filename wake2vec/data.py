@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wake2vec.errors import WakeError
+from wake2vec.rundir import refuse_endless
 
 PAD = -1
 """Stands for 'no token' in a block: never looked up and never scored."""
@@ -25,6 +26,7 @@ _LEAST_PIECES = 20
 
 def read_text(path: Path) -> str:
     """Return a UTF-8 text file, NFC-normalised, with Unix line ends and without a byte order mark."""
+    refuse_endless(path, "text")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:

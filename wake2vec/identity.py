@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from wake2vec import demo, tokens
 from wake2vec.base import BaseId, identify, load_tokenizer
 from wake2vec.config import Recipe
@@ -20,6 +22,31 @@ from wake2vec.rundir import RunDir, cache_folder, read_json, write_json
 
 FORMAT = 1
 _DEMO = "demo:"
+
+
+class _Base(BaseModel):
+    commit: str
+
+
+class _Identity(BaseModel):
+    recipe: dict[str, Any]
+    base: _Base
+    base_vocab_size: int
+    num_new_tokens: int
+    num_train_blocks: int
+
+
+class _Stack(BaseModel):
+    versions: dict[str, str]
+    drift: dict[str, Any]
+
+
+class _Record(BaseModel):
+    """What is read again of run.json."""
+
+    identity: _Identity
+    stack: _Stack
+    history: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -135,7 +162,19 @@ def read_run(run: RunDir) -> dict[str, Any] | None:
         raise WakeError(f"{run.identity}: not of format {FORMAT}; put back a copy of it, or use another --run")
     if record.get("identity_sha256") != digest(record["identity"]):
         raise WakeError(f"{run.identity}: its identity does not match its sha256; put back a copy of it")
+    if record.pop("sha256", None) not in (None, digest(record)):
+        raise WakeError(f"{run.identity}: its content does not match its sha256; put back a copy of it")
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise WakeError(f"{run.identity}: {where}: {problem['msg']}; put back a copy of it") from None
     return record
+
+
+def _write(run: RunDir, record: Mapping[str, Any]) -> None:
+    write_json(run.identity, {**record, "sha256": digest(record)})
 
 
 def check_recipe(run: RunDir, record: Mapping[str, Any], recipe: Recipe) -> None:
@@ -179,7 +218,7 @@ def begin_record(run: RunDir, inputs: Inputs, stack: StackReport, version: str) 
         "stack": stack.as_dict(),
         "history": [],
     }
-    write_json(run.identity, record)
+    _write(run, record)
     return record
 
 
@@ -195,7 +234,7 @@ def note(run: RunDir, record: dict[str, Any], event: Mapping[str, Any], *, stack
     record["history"].append({"at": _now(), **event})
     if stack is not None:
         record["stack"] = stack
-    write_json(run.identity, record)
+    _write(run, record)
 
 
 def _now() -> str:

@@ -1,5 +1,6 @@
 """What `wake2vec sentries` does: list, prune, and carry rows over from and to the earlier scripts' files."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ def list_sentries(run: RunDir) -> list[dict[str, Any]]:
                 sentry.verify(path)
             except sentry.DamagedError as error:
                 state = f"damaged: {error}"
-        listed.append(_entry(path, header or {}, state))
-    aside = sorted(run.sentries.glob("*.damaged"))
-    return listed + [_entry(path, {}, "damaged: put aside") for path in aside]
+        listed += _entry(path, header or {}, state)
+    for path in sorted(run.sentries.glob("*.damaged")):
+        listed += _entry(path, {}, "damaged: put aside")
+    return listed
 
 
-def _entry(path: Path, header: dict[str, Any], state: str) -> dict[str, Any]:
-    status = path.stat()
+def _entry(path: Path, header: dict[str, Any], state: str) -> list[dict[str, Any]]:
+    """Return a sentry's line, or none where the trainer has just removed it."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return []
+    return [_line(path, header, state, status)]
+
+
+def _line(path: Path, header: dict[str, Any], state: str, status: os.stat_result) -> dict[str, Any]:
     return {
         "file": path.name,
         "step": header.get("step"),

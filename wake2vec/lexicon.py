@@ -4,6 +4,7 @@ import unicodedata
 from pathlib import Path
 
 from wake2vec.errors import WakeError
+from wake2vec.rundir import refuse_endless
 
 _MAX_LISTED = 20
 _JOINERS = "\u200c\u200d"  # format characters that Persian and Indic spelling needs
@@ -35,6 +36,7 @@ def read_words(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
+    refuse_endless(path, "lexicon")
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig").replace("\r\n", "\n")

@@ -1,13 +1,15 @@
 """A run brought into memory: from its newest sentry, or from the start."""
 
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from wake2vec import __version__, base, identity, preflight, quantized, sentry
@@ -53,6 +55,24 @@ class LossWindow:
         self.num_steps += 1
         self.seconds += seconds
         self.num_timed += 1
+
+
+class _Window(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    loss_sum: float
+    num_steps: Annotated[int, Field(ge=0)]
+
+
+class _Counters(BaseModel):
+    """What a resume takes from a sentry's header."""
+
+    model_config = ConfigDict(strict=True)
+    optimizer_step: Annotated[int, Field(ge=0)]
+    plan: dict[str, Any]
+    window: _Window
+
+
+_PLAN = TypeAdapter(Plan)
 
 
 @dataclass(frozen=True)
@@ -138,7 +158,7 @@ def resume(
     device = _device(recipe, options)
     work = plan_work(recipe, inputs)
     preflight.check(recipe, run, inputs.base, work)
-    found = _newest(run, record, console.say) if record is not None else None
+    found = _newest(run, record, work, console.say) if record is not None else None
     saved = saved_plan(found.header["plan"]) if found else None
     plan = options.plan or choose_plan(
         work,
@@ -159,7 +179,7 @@ def resume(
     optimizer = make_optimizer(recipe.train.optimizer, model.rows, weight_decay=recipe.train.weight_decay)
     if found:
         optimizer.load_state_tensors(_named(found.tensors, "optimizer/"), found.header["optimizer_step"])
-    metrics = MetricsLog(run, step)
+    metrics = MetricsLog(run, step, console.say)
     writer = SentryWriter(
         run,
         keep_last=recipe.run.keep_last,
@@ -205,9 +225,9 @@ def _device(recipe: Recipe, options: Options) -> torch.device:
     return device
 
 
-def _newest(run: RunDir, record: Mapping[str, Any], say: Callable[[str], None]) -> sentry.Sentry | None:
+def _newest(run: RunDir, record: Mapping[str, Any], work: Work, say: Callable[[str], None]) -> sentry.Sentry | None:
     _sweep(run)
-    return sentry.newest(run, record["identity_sha256"], say)
+    return sentry.newest(run, record["identity_sha256"], say, lambda found: _check(found, work))
 
 
 def _sweep(run: RunDir) -> None:
@@ -272,6 +292,27 @@ def _start(recipe: Recipe, inputs: Inputs, frozen: base.FrozenBase) -> dict[str,
         start_radius=recipe.tokens.start_radius,
         seed=recipe.train.seed,
     )
+
+
+def _check(found: sentry.Sentry, work: Work) -> None:
+    """Refuse a sentry whose rows or counters cannot be this run's.
+
+    Raises:
+        DamagedError: naming the first thing that differs.
+    """
+    wanted = (work.num_new_tokens, work.hidden_size)
+    rows = {name: tuple(tensor.shape) for name, tensor in _named(found.tensors, "rows/").items()}
+    if rows != dict.fromkeys(["input"] if work.tied else ["input", "head"], wanted):
+        raise sentry.DamagedError(f"its rows are {rows}, the run's are {wanted}")
+    try:
+        counters = _Counters.model_validate(found.header)
+        if saved_plan(counters.plan) is not None:
+            plan = _PLAN.validate_json(json.dumps(counters.plan), strict=True)
+            if min(plan.micro_batch_size, plan.chunk_tokens, plan.kept_layers + 1) < 1:
+                raise sentry.DamagedError(f"its plan is {counters.plan}")
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise sentry.DamagedError(f"its {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ def hold(run: RunDir) -> Iterator[None]:
     except OSError as error:
         raise WakeError(f"run folder {run.path}: {error.strerror}; check the volume and its owner") from None
     try:
+        _refuse_links(run)
         yield
     finally:
         if not run.identity.exists():
@@ -77,11 +78,19 @@ def hold(run: RunDir) -> Iterator[None]:
         os.close(lock)
 
 
+def _refuse_links(run: RunDir) -> None:
+    """Refuse a run of which a part lies elsewhere: saving there would write, and removing old sentries delete."""
+    own = (run.identity, run.sentries, run.snapshots, run.heartbeat, run.metrics, run.loss_table)
+    for path in own:
+        if path.is_symlink():
+            raise WakeError(f"{path}: a symbolic link to {os.readlink(path)}; put what it stands for in its place")
+
+
 def _acquire(run: RunDir) -> int:
     while True:
         make_folder(run.path)
         try:
-            lock = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue  # another process has just given the folder up
         try:
@@ -119,8 +128,13 @@ def cache_folder() -> Path:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, each one durable: a power cut after a later fsync inside cannot lose it."""
+    """Make a folder and its parents, each one durable: a power cut after a later fsync inside cannot lose it.
+
+    One that is there may have been made by a process that was killed before it could make it durable.
+    """
     if path.is_dir():
+        with contextlib.suppress(PermissionError):  # a parent that may not be read is not of our making
+            sync_folder(path.parent)
         return
     make_folder(path.parent)
     path.mkdir(exist_ok=True)
@@ -140,7 +154,7 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool
     """Write a file that is complete or absent: beside its name, then renamed; durable unless told otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=_open_plain) as file:
             for part in parts:
                 file.write(part)
             file.flush()
@@ -153,6 +167,11 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool
         raise
     if durable:
         sync_folder(path.parent)
+
+
+def _open_plain(path: str, flags: int) -> int:
+    """Open a file, but not through a symbolic link that somebody has put there."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
@@ -174,6 +193,12 @@ def read_json(path: Path) -> Any:
         raise WakeError(f"{path}: damaged ({error}); put back a copy of it") from None
     except OSError as error:
         raise WakeError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+
+
+def refuse_endless(path: Path, what: str) -> None:
+    """Refuse to read a device, a pipe or a socket, which may never end."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # these never raise
+        raise WakeError(f"{what} {path}: not a plain file; give the path of one")
 
 
 def sweep(folder: Path) -> None:

@@ -6,6 +6,7 @@ zeros, and `wake2vec`, the header as JSON: format, step, identity (of run.json),
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ _DIGEST_AT = 8 + len(_BEFORE_DIGEST)
 _NO_DIGEST = b"0" * 64
 _MAX_HEADER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 24
+_SLICE_VALUES = 1 << 22
 
 
 class DamagedError(Exception):
@@ -85,14 +87,18 @@ def read_header(path: Path) -> dict[str, Any]:
         DamagedError: it cannot be one.
     """
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):  # a link out of the run, a pipe that never ends
+            raise DamagedError("it is no plain file")
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             text = file.read(min(size, _MAX_HEADER_BYTES))
         if len(text) != size or not text.startswith(_BEFORE_DIGEST):
             raise DamagedError("its header is cut off or not a sentry's")
         header = json.loads(json.loads(text)["__metadata__"]["wake2vec"])
-        if not isinstance(header, dict) or not isinstance(header.get("step"), int) or header.get("format") != FORMAT:
+        if not isinstance(header, dict) or type(header.get("step")) is not int or header.get("format") != FORMAT:
             raise DamagedError(f"its header is not of format {FORMAT}")
+        if not 0 <= header["step"] < 2**31:
+            raise DamagedError(f"its step is {header['step']}")
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DamagedError("its header cannot be read") from None
     except OSError as error:
@@ -133,10 +139,19 @@ def read(path: Path) -> Sentry:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise DamagedError(f"its tensors cannot be read: {error}") from None
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    bad = not_finite(tensors)
     if bad:
         raise DamagedError(f"{', '.join(bad)} holds NaN or Inf")
     return Sentry(path, header, tensors)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold NaN or Inf; a slice at a time, with no temporary of their size."""
+    return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_SLICE_VALUES))
 
 
 def listing(run: RunDir) -> Iterator[tuple[Path, dict[str, Any] | None, str]]:
@@ -154,27 +169,45 @@ def listing(run: RunDir) -> Iterator[tuple[Path, dict[str, Any] | None, str]]:
     yield from unreadable
 
 
-def newest(run: RunDir, identity: str, say: Callable[[str], None]) -> Sentry | None:
+def newest(
+    run: RunDir, identity: str, say: Callable[[str], None], check: Callable[[Sentry], None] = lambda _: None
+) -> Sentry | None:
     """Return the newest whole sentry of this run; damaged ones are named and put aside.
+
+    Args:
+        check: raises DamagedError where a sentry that is whole is still of no use to the run.
 
     Raises:
         WakeError: a sentry belongs to another run.
     """
     for path, header, reason in list(listing(run)):
-        if header is not None and header.get("identity") != identity:
-            raise WakeError(
-                f"{path}: belongs to another run (identity {str(header.get('identity'))[:12]}, here {identity[:12]}); "
-                "move it out of the folder"
-            )
+        if header is None or path != run.sentry(header["step"]):  # it may be the newest, with a damaged header
+            try:
+                if header is None:
+                    raise DamagedError(reason)
+                verify(path)
+            except DamagedError as error:
+                _put_aside(path, error, say)
+    for path, _, _ in list(listing(run)):
         try:
-            if header is None:
-                raise DamagedError(reason)
-            return read(path)
+            found = read(path)
+            theirs = str(found.header.get("identity"))
+            if theirs != identity:
+                raise WakeError(
+                    f"{path}: belongs to another run (identity {theirs[:12]}, here {identity[:12]}); "
+                    "move it out of the folder"
+                )
+            check(found)
+            return found
         except DamagedError as error:
-            aside = path.with_name(path.name + ".damaged")
-            path.replace(aside)
-            say(f"{path.name} is damaged: {error}; put aside as {aside.name}")
+            _put_aside(path, error, say)
     return None
+
+
+def _put_aside(path: Path, error: DamagedError, say: Callable[[str], None]) -> None:
+    aside = path.with_name(path.name + ".damaged")
+    path.replace(aside)
+    say(f"{path.name} is damaged: {error}; put aside as {aside.name}")
 
 
 def retire(run: RunDir, *, keep_last: int, keep_every: int, best_step: int | None) -> list[Path]:

@@ -1,5 +1,6 @@
 """Writes sentries beside the training: the loop waits for a copy in memory, a thread does the rest."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,11 +66,14 @@ class SentryWriter:
         if self.busy:
             self.num_skipped += 1
             return False
-        self.wait()
         self._copy(tensors)
         self.started_step = header["step"]
         self._thread = threading.Thread(target=self._write, args=(dict(header), snapshot), name="sentry")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no room for another thread
+            self._thread = None
+            self._fail(f"sentry of step {header['step']}: not saved ({error}); free memory, or raise the process limit")
         return True
 
     def wait_for_copy(self) -> None:
@@ -77,11 +81,10 @@ class SentryWriter:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
-    def wait(self) -> int | None:
-        """Wait for the save under way; return the step of the last one that succeeded."""
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """Wait for the save under way, at most so long; return the step of the last one that succeeded."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(timeout_s)
         return self.saved_step
 
     def save_now(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], *, snapshot: bool = False) -> None:
@@ -93,8 +96,8 @@ class SentryWriter:
         self.wait()
         self.save(tensors, header, snapshot=snapshot)
         self.wait()
-        if self.problem:
-            raise WakeError(self.problem)
+        if self.saved_step != header["step"]:
+            raise WakeError(f"{self.problem}; the sentry of step {self.saved_step} is whole and kept")
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         self.reserve(tensors)
@@ -115,6 +118,10 @@ class SentryWriter:
         step = header["step"]
         path = self.run.sentry(step)
         try:
+            bad = sentry.not_finite(self._host)
+            if bad:
+                self._fail(f"sentry of step {step}: not saved ({', '.join(bad)} holds NaN or Inf); see the step's loss")
+                return
             self._before()
             make_folder(path.parent)
             sentry.write(path, self._host, header)
@@ -128,9 +135,14 @@ class SentryWriter:
                 rows = sentry.half_precision(self._host, [name for name in self._host if name.startswith("rows/")])
                 sentry.write(self.run.snapshot(step), rows, header)
         except OSError as error:
-            self.problem = f"sentry of step {step}: not saved ({error.strerror}); free space on {self.run.path}"
-            self._say(self.problem)
+            self._fail(f"sentry of step {step}: not saved ({error.strerror}); free space on {self.run.path}")
+        except MemoryError:
+            self._fail(f"sentry of step {step}: not saved (out of host memory); free memory")
         except sentry.DamagedError as error:
-            path.unlink(missing_ok=True)
-            self.problem = f"sentry of step {step}: read back damaged ({error}); check the volume {self.run.path}"
-            self._say(self.problem)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            self._fail(f"sentry of step {step}: read back damaged ({error}); check the volume {self.run.path}")
+
+    def _fail(self, problem: str) -> None:
+        self.problem = problem
+        self._say(problem)

@@ -22,7 +22,7 @@ from wake2vec.config import Recipe, RunSection
 from wake2vec.data import PAD, Blocks, batch_indices, epoch_order
 from wake2vec.errors import Stopped, WakeError
 from wake2vec.evaluate import TokenLosses, evaluate
-from wake2vec.metrics import Record, read_records
+from wake2vec.metrics import Record, mend_loss_table, read_records
 from wake2vec.optimizer import clip_scale, grad_norm
 from wake2vec.overlay import to_device
 from wake2vec.plan import estimate
@@ -33,6 +33,8 @@ from wake2vec.schedule import learning_rate_at
 from wake2vec.signals import StopSignal
 
 _HEARTBEAT_GAP_S = 5.0
+_SNAPSHOT_WAIT_S = 30.0
+"""A snapshot waits so long for the save before it; on a volume slower than that it is skipped like any other."""
 _SETTLE_GAP_S = 1.0
 _USUAL = Options()
 T = TypeVar("T")
@@ -52,7 +54,7 @@ def train(recipe: Recipe, run: RunDir, console: Console, options: Options = _USU
                 identity.check_recipe(run, record, recipe)
                 if is_done(run, recipe):
                     console.say(f"run {run.name} is done: {recipe.train.max_steps} steps")
-                    return read_records(run.metrics)
+                    return mend_loss_table(run)
             commit = record["identity"]["base"]["commit"] if record is not None else None
             inputs = identity.read_inputs(recipe, commit, console.say)
             if record is not None:
@@ -147,7 +149,7 @@ def _update(training: Training, gradient: Gradient, rate: float) -> None:
     except torch.OutOfMemoryError as error:
         raise WakeError(
             f"out of memory in the update of step {training.step + 1} ({str(error).splitlines()[0]}); free the card of "
-            f"other programs; the sentry of step {training.writer.saved_step} is whole and kept, and the same command "
+            f"other programs; the sentry of step {training.writer.wait()} is whole and kept, and the same command "
             "goes on from it"
         ) from None
 
@@ -158,7 +160,7 @@ def _check_finite(training: Training, step: int, loss: float, norm: float) -> No
         return
     raise WakeError(
         f"step {step}: loss {loss}, gradient norm {norm}, blocks {_indices(training, step)}; the sentry of step "
-        f"{training.writer.saved_step} is whole and kept; look at these blocks, or begin another run with a lower "
+        f"{training.writer.wait()} is whole and kept; look at these blocks, or begin another run with a lower "
         "train.learning_rate"
     )
 
@@ -195,7 +197,7 @@ def _step_down(training: Training) -> None:
         raise WakeError(
             f"out of memory after step {training.step}: even the leanest plan ({before / 2**30:.1f} GiB by the "
             f"estimate) did not fit; free the card of other programs (nvidia-smi shows them) or use a larger one; "
-            f"the sentry of step {training.writer.saved_step} is whole and kept, and the same command goes on from it"
+            f"the sentry of step {training.writer.wait()} is whole and kept, and the same command goes on from it"
         )
     training.model.zero_grad()
     training.model.follow(leaner)
@@ -251,7 +253,7 @@ def _evaluate(training: Training) -> None:
     if not math.isfinite(values["val/loss_nats"]):
         raise WakeError(
             f"step {training.step}: loss {values['val/loss_nats']} on the held-out text; the sentry of step "
-            f"{training.writer.saved_step} is whole and kept; begin another run with a lower train.learning_rate"
+            f"{training.writer.wait()} is whole and kept; begin another run with a lower train.learning_rate"
         )
     if training.step == 0:
         base = _losses(training, training.model.base_token_losses, training.inputs.base_val_blocks)
@@ -305,7 +307,7 @@ def _save(training: Training, *, urgent: bool, snapshot: bool) -> None:
     if not urgent and not _save_due(training.recipe.run, since, time.monotonic() - training.saved_at):
         return
     if snapshot:
-        training.writer.wait()
+        training.writer.wait(_SNAPSHOT_WAIT_S)
     if training.writer.save(training.tensors(), training.header(), snapshot=snapshot):
         training.saved_at = time.monotonic()
 
@@ -319,7 +321,8 @@ def _beat(training: Training) -> None:
     """Tell health checks that the run is alive."""
     if time.monotonic() - training.beat_at >= _HEARTBEAT_GAP_S or training.step == training.recipe.train.max_steps:
         training.beat_at = time.monotonic()
-        write_json(training.run.heartbeat, {"step": training.step, "time": time.time()}, durable=False)
+        beat = {"step": training.step, "time": time.time()}
+        training.metrics.scribe.put("heartbeat.json", lambda: write_json(training.run.heartbeat, beat, durable=False))
 
 
 def _finish(training: Training, stop: StopSignal) -> None:

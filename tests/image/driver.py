@@ -95,7 +95,8 @@ class Clone:
             lines = self.read(f"{run}/metrics.jsonl").decode().splitlines()
         except subprocess.CalledProcessError:
             return []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        return [{key: value for key, value in record.items() if key != "crc32"} for record in records]
 
     def close(self) -> None:
         """Remove containers, volumes and the clone."""

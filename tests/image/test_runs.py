@@ -1,6 +1,7 @@
 """Whole runs through Compose: to the end, killed, stopped, recreated, and across the stacks."""
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -120,6 +121,24 @@ def test_a_stop_saves_exits_75_and_the_run_goes_on(clone: Clone, cache: str, uni
     clone.compose("up", "demo")
     said = clone.compose("logs", "demo").stdout
     assert clone.state()["ExitCode"] == 0, said
+    assert_same_end(clone, uninterrupted)
+
+
+@pytest.mark.parametrize("number", range(int(os.environ.get("WAKE2VEC_STOPS", "2"))))
+def test_a_stop_at_a_random_moment_changes_nothing(
+    number: int, clone: Clone, cache: str, uninterrupted: dict[str, Any]
+) -> None:
+    """Docker gives ten seconds, as it does without a compose file: also in start-up, load and report."""
+    clone.shorten_demo(cache, *SHORT)
+    clone.compose("up", "--detach", "demo")
+    pause_s = random.uniform(0, 20)
+    time.sleep(pause_s)
+    docker("stop", "--time", "10", clone.container())
+    code = clone.wait()
+    print(f"stop {number}: {pause_s:.1f} s after the start, exit {code}")
+    assert code in (75, 143, 0), clone.compose("logs", "demo").stdout  # 143: before the command listens
+    clone.compose("up", "demo")
+    assert clone.state()["ExitCode"] == 0, clone.compose("logs", "demo").stdout
     assert_same_end(clone, uninterrupted)
 
 

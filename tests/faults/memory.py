@@ -1,0 +1,61 @@
+"""Promise: out of host memory ends with a message and a run that continues."""
+
+import random
+import signal
+from pathlib import Path
+
+from faults import hooks
+from faults.lab import DONE, KILL, USER, Done, Lab, newest_step, no_traceback
+
+from wake2vec.rundir import RunDir
+
+_MIB = 2**20
+_GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+def host_memory(lab: Lab, count: int) -> str:
+    """Run under limits of the address space, of processes and of a control group; then without them."""
+    outcomes = lab.each(count, lambda _, rng: _limited_run(lab, rng))
+    outcomes += [_without_threads(lab), _in_group(lab)]
+    told = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
+    return f"{count + 2} limits: {told}"
+
+
+def _limited_run(lab: Lab, rng: random.Random) -> str:
+    """The address space may grow by so much only, from the start or from some step on."""
+    runs = lab.fresh()
+    more, step = rng.randrange(0, 60 * _MIB), rng.choice([-1, 0, 5, 20])
+    done = lab.train(runs, prepare=[(hooks.limit_memory, (more, step))]).wait()
+    return _ends_well(lab, runs, done, f"{more} bytes more, from step {step}")
+
+
+def _without_threads(lab: Lab) -> str:
+    """No further thread can be started: saves fail with a message, and the run is none the worse."""
+    runs = lab.fresh()
+    done = lab.train(runs, prepare=[(hooks.no_more_threads, (3,))]).wait()
+    return _ends_well(lab, runs, done, "no more threads")
+
+
+def _in_group(lab: Lab) -> str:
+    """A control group that is too small: the kernel kills the run."""
+    group = _GROUPS / f"wake2vec-{lab.seed}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(40 * _MIB))
+        runs = lab.fresh()
+        done = lab.train(runs, prepare=[(hooks.enter_group, (group, 10))]).wait()
+        assert done.code == -KILL, f"the group's limit did nothing: {done}"
+        return _ends_well(lab, runs, done, "control group")
+    finally:
+        group.rmdir()
+
+
+def _ends_well(lab: Lab, runs: Path, done: Done, where: str) -> str:
+    no_traceback(done)
+    # the C++ runtime ends a process that cannot even raise; the kernel kills one that is over its group's limit
+    assert done.code in (DONE, USER, -KILL, -signal.SIGABRT, -signal.SIGSEGV), f"{where}: {done}"
+    if done.code == USER:
+        assert "memory" in done.err, f"{where}: {done}"
+    newest_step(RunDir(runs / "tiny"))
+    lab.train_to_end(runs)
+    return {DONE: "went on", USER: "ended with a message"}.get(done.code, "killed") + ", then to its end"
