@@ -40,13 +40,13 @@ FROM os AS stack-torch2.9-tf4.57
 COPY wake2vec/locks/torch2.9-tf4.57.txt /opt/lock.txt
 ENV WAKE2VEC_GROUP=tf4
 LABEL wake2vec.torch="2.9.0" wake2vec.transformers="4.57.6" wake2vec.huggingface-hub="0.36.0" \
-      wake2vec.lock-sha256="d61057eb9811464cca122c0fff598bf0e289dc863c74b9615c69eb5c1f8ce759"
+      wake2vec.lock-sha256="eb585096aa55ee7f41dfefdf9ea0df86481443247776d1b7ef90fcb819077cf1"
 
 FROM os AS stack-torch2.10-tf5.0
 COPY wake2vec/locks/torch2.10-tf5.0.txt /opt/lock.txt
 ENV WAKE2VEC_GROUP=tf5
 LABEL wake2vec.torch="2.10.0" wake2vec.transformers="5.0.0" wake2vec.huggingface-hub="1.4.1" \
-      wake2vec.lock-sha256="bd7ee01266ea812e91114c0bdf05e2e950c11545e7352cbe5b293252260e9bae"
+      wake2vec.lock-sha256="e2fe64c87b9b531ddbe593d92b20916eb4f47be3e6e6d71474dbec2cefc40396"
 
 # hadolint ignore=DL3006
 FROM stack-${STACK} AS final

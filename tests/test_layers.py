@@ -21,8 +21,8 @@ LAYERS = {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
         *("machine", "demo", "identity", "keeping", "hub", "preflight"),
     },
-    2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule"},
-    1: {"config", "rundir", "signals"},
+    2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "analysis"},
+    1: {"config", "rundir", "signals", "tables"},
     0: {"errors"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
