@@ -56,7 +56,7 @@ def test_train_then_again_says_done(wake2vec: Command, recipe: Path, tmp_path: P
 def test_run_folder_holds_what_the_design_lists(wake2vec: Command, recipe: Path, tmp_path: Path) -> None:
     assert wake2vec("train", recipe) == 0
     assert {path.name for path in (tmp_path / "runs" / "tiny").iterdir()} == {
-        *("run.json", "sentries", "heartbeat.json", "metrics.jsonl", "loss_table.md", "lock")
+        *("run.json", "sentries", "heartbeat.json", "metrics.jsonl", "loss_table.md", "lock", "reference")
     }
 
 

@@ -19,7 +19,7 @@ LAYERS = {
     4: {"train", "resume"},
     3: {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
-        *("machine", "demo", "identity", "keeping", "hub", "preflight"),
+        *("machine", "demo", "identity", "keeping", "hub", "preflight", "reference"),
     },
     2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "analysis"},
     1: {"config", "rundir", "signals", "tables"},

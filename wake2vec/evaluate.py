@@ -23,10 +23,12 @@ def evaluate(
     first_new_id: int,
     batch_size: int,
     device: torch.device,
+    each: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
     """Return the losses over all blocks.
 
-    A kind of token that the text does not hold has no loss: its key is left out.
+    A kind of token that the text does not hold has no loss: its key is left out. `each` is given every batch's
+    targets_M (`PAD` where nothing is scored) and losses_M.
     """
     nats = torch.zeros(2, dtype=torch.float64, device=device)
     counts = torch.zeros(2, dtype=torch.float64, device=device)
@@ -34,6 +36,8 @@ def evaluate(
         blocks_BT = blocks.ids_KT[start : start + batch_size].to(device)
         losses_M = token_losses(blocks_BT).double()
         targets_M = blocks_BT[:, 1:].flatten()
+        if each is not None:
+            each(targets_M, losses_M)
         for kind, mask_M in enumerate((targets_M >= first_new_id, (targets_M < first_new_id) & (targets_M != PAD))):
             nats[kind] += (losses_M * mask_M).sum()
             counts[kind] += mask_M.sum()

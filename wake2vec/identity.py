@@ -28,7 +28,7 @@ class Inputs:
     """Everything a run reads but the base model's weights.
 
     Attributes:
-        train_blocks: the text that is trained on, then the lexicon.
+        train_blocks: the text that is trained on (`num_text_blocks` of them), then the lexicon.
         val_blocks: the held-out text; `base_val_blocks`: the same text by the base model's own tokenizer.
         tokenizer_sha256: of the tokenizer as this stack builds it; two stacks may build it differently and still cut
             the text alike, so that `blocks_sha256` is what a run holds to.
@@ -40,6 +40,7 @@ class Inputs:
     base_tokenizer: Any
     tokenizer_sha256: str
     train_blocks: Blocks
+    num_text_blocks: int
     val_blocks: Blocks
     base_val_blocks: Blocks
     identity: dict[str, Any]
@@ -99,6 +100,7 @@ def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) 
         base_tokenizer=base_tokenizer,
         tokenizer_sha256=tokens.tokenizer_sha256(words.tokenizer),
         train_blocks=train_blocks,
+        num_text_blocks=len(train_text_blocks.ids_KT),
         val_blocks=val_blocks,
         base_val_blocks=cut(split.val_text, base_tokenizer),
         identity=identity,

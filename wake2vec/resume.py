@@ -18,6 +18,7 @@ from wake2vec.metrics import MetricsLog
 from wake2vec.model import WakeModel
 from wake2vec.optimizer import Optimizer, make_optimizer
 from wake2vec.plan import Plan, free_memory, make_plan
+from wake2vec.reference import ReferenceWriter
 from wake2vec.rows import start_rows
 from wake2vec.rundir import RunDir, sweep
 from wake2vec.sentry_writer import SentryWriter
@@ -67,6 +68,7 @@ class Training:
     plan: Plan
     metrics: MetricsLog
     writer: SentryWriter
+    reference: ReferenceWriter
     console: Console
     step: int
     window: LossWindow
@@ -139,9 +141,23 @@ def resume(
         f"{inputs.num_new_tokens:,} new words, {len(inputs.train_blocks.ids_KT):,} blocks of {recipe.data.seq_len} "
         f"tokens, micro-batch {plan.micro_batch_size} of {recipe.train.batch_size}"
     )
+    reference = ReferenceWriter(run, record["identity_sha256"], inputs, frozen)
+    reference.write_base()
     window = LossWindow(**found.header["window"]) if found else LossWindow()
     return Training(
-        run, recipe, inputs, record, model, optimizer, plan, metrics, writer, console, step=step, window=window
+        run,
+        recipe,
+        inputs,
+        record,
+        model,
+        optimizer,
+        plan,
+        metrics,
+        writer,
+        reference,
+        console,
+        step=step,
+        window=window,
     )
 
 

@@ -23,6 +23,7 @@ from wake2vec.evaluate import TokenLosses, evaluate
 from wake2vec.metrics import Record, read_records
 from wake2vec.optimizer import clip_scale, grad_norm
 from wake2vec.plan import Plan
+from wake2vec.reference import WordLosses
 from wake2vec.resume import Console, LossWindow, Training, resume
 from wake2vec.rundir import RunDir, hold, write_json
 from wake2vec.schedule import learning_rate_at
@@ -142,7 +143,8 @@ def _after_step(training: Training, stop: StopSignal) -> None:
 
 def _evaluate(training: Training) -> None:
     """Put the losses on held-out text on record; at the start the base model's too: the number a run must beat."""
-    values = _losses(training, training.model.token_losses, training.inputs.val_blocks)
+    words = WordLosses(training.inputs.num_new_tokens, training.inputs.base_vocab_size)
+    values = _losses(training, training.model.token_losses, training.inputs.val_blocks, words)
     if not math.isfinite(values["val/loss_nats"]):
         raise WakeError(
             f"step {training.step}: loss {values['val/loss_nats']} on the held-out text; the sentry of step "
@@ -151,16 +153,21 @@ def _evaluate(training: Training) -> None:
     if training.step == 0:
         base = _losses(training, training.model.base_token_losses, training.inputs.base_val_blocks)
         values["base/bits_per_char"] = base["val/bits_per_char"]
+    last = training.step == training.recipe.train.max_steps
+    training.reference.after_evaluation(training.step, words, training.model.rows["input"], last=last)
     _record(training, values)
 
 
-def _losses(training: Training, token_losses: TokenLosses, blocks: Blocks) -> dict[str, float]:
+def _losses(
+    training: Training, token_losses: TokenLosses, blocks: Blocks, words: WordLosses | None = None
+) -> dict[str, float]:
     return evaluate(
         token_losses,
         blocks,
         first_new_id=training.inputs.base_vocab_size,
         batch_size=training.plan.micro_batch_size,
         device=training.model.base.device,
+        each=words.add if words else None,
     )
 
 
