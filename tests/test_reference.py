@@ -13,8 +13,8 @@ from wake2vec.base import identify, load
 from wake2vec.data import read_text, split_text
 from wake2vec.identity import read_inputs
 from wake2vec.metrics import read_records
-from wake2vec.reference import decode_json, encode_json
 from wake2vec.rundir import RunDir
+from wake2vec.tables import decode_json, encode_json
 
 
 @pytest.fixture(scope="module", params=["inputs", "tied_inputs"])

@@ -70,12 +70,18 @@ def train(
     """Start a run, continue it where it stopped, or report it as done."""
     recipe_name, parsed = config.load_recipe(recipe, overrides or [])
     run = rundir.new_run(runs, name or recipe_name)
+    from wake2vec import report
     from wake2vec.environment import check_stack
     from wake2vec.train import train as train_run
 
     check_stack()
-    with console.TrainConsole() as shown:
+    with console.TrainConsole([report.LivePage(run)]) as shown:
         records = train_run(parsed, run, shown, allow_stack_change=allow_stack_change or None)
+        if not report.is_current(run):
+            try:
+                shown.say(f"report: {report.write(run)[0]}")
+            except WakeError as error:  # of a run begun before reports; it is done all the same
+                shown.say(f"no report: {error}")
     _show_result(run, records, as_json)
 
 
@@ -147,6 +153,16 @@ def sentries(
         for entry in listed
     ]
     console.print_table(f"{run.path}", ["sentry", "step", "val nats", "MiB", "age", "state"], rows)
+
+
+@app.command("report")
+def write_report(name: RunArgument, runs: RunsOption = Path("runs"), as_json: JsonOption = False) -> None:
+    """Write plots, tables, numbers and one page from a run's folder; needs no GPU and no base model."""
+    run = rundir.find_run(runs, name)
+    from wake2vec import report
+
+    written = [str(path) for path in report.write(run)]
+    typer.echo(json.dumps({"run": str(run.path), "files": written}) if as_json else "\n".join(written))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """What a person sees: messages and a live line on stderr, tables and JSON on stdout."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Console as RichConsole
@@ -21,9 +21,13 @@ _SHOWN = {
 
 
 class TrainConsole:
-    """Shows a run: a live line on a terminal, one plain line per log line without one."""
+    """Shows a run: a live line on a terminal, one plain line per log line without one.
 
-    def __init__(self) -> None:
+    `watchers` are told every line of the metrics log too: trackers, and the report's live page.
+    """
+
+    def __init__(self, watchers: Sequence[Callable[[int, Mapping[str, float]], None]] = ()) -> None:
+        self._watchers = watchers
         self._console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
 
@@ -42,6 +46,8 @@ class TrainConsole:
         """Show a line of the metrics log."""
         shown = [form.format(values[key]) for key, form in _SHOWN.items() if key in values]
         self.say(f"step {step}: {', '.join(shown)}")
+        for watcher in self._watchers:
+            watcher(step, values)
 
     def step(self, step: int, max_steps: int, values: Mapping[str, float]) -> None:
         """Move the live line."""

@@ -1,7 +1,6 @@
 """What makes a run the run it is: its inputs, read and hashed, and `run.json`."""
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,9 +16,10 @@ from wake2vec.data import Blocks, join_blocks, make_blocks, read_text, split_tex
 from wake2vec.environment import StackReport, check_same_stack
 from wake2vec.errors import WakeError
 from wake2vec.lexicon import read_words
-from wake2vec.rundir import RunDir, read_json, write_json
+from wake2vec.record import FORMAT, digest
+from wake2vec.record import read_run as read_run
+from wake2vec.rundir import RunDir, write_json
 
-FORMAT = 1
 _DEMO = "demo:"
 
 
@@ -119,27 +119,6 @@ def _locate(value: str, say: Callable[[str], None]) -> str:
 
 def _sha256(content: str | bytes) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
-
-
-def digest(identity: Mapping[str, Any]) -> str:
-    """Return the hash that every sentry of a run carries."""
-    return _sha256(json.dumps(identity, sort_keys=True, ensure_ascii=False))
-
-
-def read_run(run: RunDir) -> dict[str, Any] | None:
-    """Return run.json, or None where the run does not exist yet.
-
-    Raises:
-        WakeError: it is damaged or of another format.
-    """
-    if not run.identity.exists():
-        return None
-    record = read_json(run.identity)
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("identity"), dict):
-        raise WakeError(f"{run.identity}: not of format {FORMAT}; put back a copy of it, or use another --run")
-    if record.get("identity_sha256") != digest(record["identity"]):
-        raise WakeError(f"{run.identity}: its identity does not match its sha256; put back a copy of it")
-    return record
 
 
 def check_recipe(run: RunDir, record: Mapping[str, Any], recipe: Recipe) -> None:

@@ -10,7 +10,6 @@ They are written and verified as sentries are. Losing them loses nothing of a ru
 Shapes: N new words, V base tokens, D hidden size, n sampled rows, K neighbours, M scored positions.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +22,7 @@ from wake2vec.base import FrozenBase
 from wake2vec.identity import Inputs
 from wake2vec.machine import machine
 from wake2vec.rundir import RunDir, make_folder, sweep
+from wake2vec.tables import encode_json
 
 SAMPLE_ROWS = 5000
 """Base rows kept for isotropy and pairwise cosines."""
@@ -136,13 +136,3 @@ def _neighbours(rows_ND: Tensor, table_VD: Tensor, inputs: Inputs) -> dict[str, 
         "new_cosines": new_cosines,
         "base_tokens": encode_json(dict(zip(used, texts, strict=True))),
     }
-
-
-def encode_json(content: Any) -> Tensor:
-    """Return JSON as bytes in a tensor."""
-    return torch.frombuffer(bytearray(json.dumps(content, ensure_ascii=False).encode()), dtype=torch.uint8)
-
-
-def decode_json(tensor: Tensor) -> Any:
-    """Return what `encode_json` was given; keys of an object are text."""
-    return json.loads(tensor.numpy().tobytes())

@@ -4,7 +4,6 @@ A memory map would do without this code, but its pages count against a container
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +116,11 @@ def bytes_of(table: StoredTable, chunk_bytes: int = 1 << 24) -> Iterator[bytes]:
             yield piece
 
 
-def num_rows_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Return the bytes of a tensor of a shape."""
-    return math.prod(shape) * DTYPES[dtype].itemsize
+def encode_json(content: Any) -> Tensor:
+    """Return JSON as bytes in a tensor."""
+    return torch.frombuffer(bytearray(json.dumps(content, ensure_ascii=False).encode()), dtype=torch.uint8)
+
+
+def decode_json(tensor: Tensor) -> Any:
+    """Return what `encode_json` was given; keys of an object are text."""
+    return json.loads(tensor.numpy().tobytes())
