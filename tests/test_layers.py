@@ -21,7 +21,7 @@ LAYERS = {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
         *("machine", "demo", "identity", "keeping", "hub", "preflight", "reference"),
     },
-    2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "analysis"},
+    2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "analysis", "distinct"},
     1: {"config", "rundir", "signals", "tables", "record"},
     0: {"errors"},
 }

@@ -166,6 +166,68 @@ def write_report(name: RunArgument, runs: RunsOption = Path("runs"), as_json: Js
 
 
 @app.command()
+def lexicon(
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A UTF-8 text file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the list here and the scored table beside it (.tsv).")
+    ] = None,
+    min_count: Annotated[int, typer.Option("--min-count", min=1, help="Occurrences a word needs.")] = 1,
+    max_zipf: Annotated[
+        float, typer.Option("--max-zipf", help="Leave out words more frequent in general English than this.")
+    ] = 3.0,
+    check: Annotated[Path | None, typer.Option("--check", metavar="LEXICON", help="Check a lexicon instead.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="With --check: a model whose vocabulary may know the words already.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Extract a lexicon from a text, most distinctive words first; or check one against a text."""
+    from wake2vec import distinct
+    from wake2vec.data import read_text
+
+    content = read_text(text)
+    if check is not None:
+        _check_lexicon(check, content, base, as_json)
+        return
+    entries = distinct.extract(content, min_count=min_count, max_zipf=max_zipf)
+    words = [entry.word for entry in entries if not entry.dropped]
+    if not words:
+        raise WakeError(f"lexicon {text}: none of its {len(entries):,} word types is left; raise --max-zipf")
+    if out is not None:
+        rundir.write_file(out, ["".join(f"{word}\n" for word in words).encode()])
+        rundir.write_file(out.with_suffix(".tsv"), [distinct.table(entries).encode()])
+        typer.echo(f"{len(words):,} of {len(entries):,} word types: {out}, {out.with_suffix('.tsv')}", err=True)
+    elif as_json:
+        typer.echo(json.dumps([{**vars(entry), "score": round(entry.score, 3)} for entry in entries]))
+    else:
+        typer.echo("\n".join(words))
+
+
+def _check_lexicon(path: Path, text: str, base_name: str | None, as_json: bool) -> None:
+    from wake2vec import distinct
+    from wake2vec.lexicon import read_words
+
+    vocabulary = None
+    if base_name is not None:
+        from wake2vec import base
+
+        vocabulary = base.load_tokenizer(base.identify(base_name, base_name, None)).get_vocab()
+    found = distinct.check(read_words(path), text, vocabulary)
+    if as_json:
+        typer.echo(json.dumps(vars(found)))
+        return
+    rows = [
+        [name, "not asked (--base)" if words is None else f"{len(words):,}", " ".join((words or [])[:8])]
+        for name, words in (
+            ("never whole in the text", found.unseen),
+            ("tokens already", found.known),
+            ("fragments of other words", found.fragments),
+        )
+    ]
+    console.print_table(f"{path}: {found.num_words:,} words", ["", "words", "for example"], rows)
+
+
+@app.command()
 def fetch(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Download a base model ahead of time."""
     _, parsed = config.load_recipe(recipe, overrides or [])
