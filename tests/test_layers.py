@@ -15,13 +15,25 @@ PACKAGE = Path(wake2vec.__file__).parent
 # DESIGN section 5; a new file gets its place here first.
 LAYERS = {
     6: {"cli", "console"},
-    5: {"doctor", "report", "plots", "summary"},
+    5: {"doctor", "report", "plots", "summary", "export", "card"},
     4: {"train", "resume"},
     3: {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
         *("machine", "demo", "identity", "keeping", "hub", "preflight", "reference"),
     },
-    2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "analysis", "distinct"},
+    2: {
+        "tokens",
+        "lexicon",
+        "rows",
+        "overlay",
+        "data",
+        "loss",
+        "optimizer",
+        "schedule",
+        "analysis",
+        "distinct",
+        "shards",
+    },
     1: {"config", "rundir", "signals", "tables", "record"},
     0: {"errors"},
 }

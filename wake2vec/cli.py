@@ -165,6 +165,32 @@ def write_report(name: RunArgument, runs: RunsOption = Path("runs"), as_json: Js
     typer.echo(json.dumps({"run": str(run.path), "files": written}) if as_json else "\n".join(written))
 
 
+@app.command("export")
+def write_export(
+    name: RunArgument,
+    kind: Annotated[str, typer.Option("--format", help="rows: a PEFT adapter; model: a whole model.")] = "rows",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder; by default export/FORMAT in the run's.")
+    ] = None,
+    push: Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload it to the hub.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is public.")] = False,
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Write the rows, or the whole model, in a form that other tools load; checked before it gets its name."""
+    if kind not in ("rows", "model"):
+        raise WakeError(f"--format {kind}: no such format; use rows or model")
+    run = rundir.find_run(runs, name)
+    from wake2vec import export
+
+    def say(message: str) -> None:
+        typer.echo(message, err=True)
+
+    folder = export.export(run, kind, out, say)
+    address = None if push is None else export.push(folder, push, public=public, say=say)
+    typer.echo(json.dumps({"folder": str(folder), "address": address}) if as_json else str(address or folder))
+
+
 @app.command()
 def lexicon(
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A UTF-8 text file.")],

@@ -39,11 +39,11 @@ def hub_errors(name: str, commit: str | None = None) -> Iterator[None]:
         raise WakeError(
             f"base model {name}: not in the cache and the hub cannot be reached; connect, or fetch it beforehand"
         ) from None
-    except (HfHubHTTPError, OSError, _client_error()) as error:
+    except (HfHubHTTPError, OSError, client_error()) as error:
         raise WakeError(f"base model {name}: the hub did not give it ({error}); try again") from None
 
 
-def _client_error() -> type[Exception]:
+def client_error() -> type[Exception]:
     """Return what the HTTP client of huggingface_hub 1 raises; that of 0.36 raises an OSError."""
     if importlib.util.find_spec("httpx") is None:
         return OSError

@@ -62,9 +62,9 @@ def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) 
     Raises:
         WakeError: something is missing or of no use.
     """
-    text = read_text(Path(_locate(recipe.data.text, say)))
-    lexicon = read_words(Path(_locate(recipe.tokens.lexicon, say)))
-    base = identify(recipe.model.base, _locate(recipe.model.base, say), commit)
+    text = read_text(Path(locate(recipe.data.text, say)))
+    lexicon = read_words(Path(locate(recipe.tokens.lexicon, say)))
+    base = identify(recipe.model.base, locate(recipe.model.base, say), commit)
     base_tokenizer = load_tokenizer(base)
     words = tokens.add_words(base_tokenizer, lexicon, recipe.tokens.match)
     tokens.check_round_trip(words.tokenizer, text, f"text {recipe.data.text}")
@@ -107,7 +107,7 @@ def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) 
     )
 
 
-def _locate(value: str, say: Callable[[str], None]) -> str:
+def locate(value: str, say: Callable[[str], None]) -> str:
     """Return what a recipe's value means; `demo:` names a file of the demo, made at first use."""
     if not value.startswith(_DEMO):
         return value
