@@ -165,6 +165,52 @@ def write_report(name: RunArgument, runs: RunsOption = Path("runs"), as_json: Js
     typer.echo(json.dumps({"run": str(run.path), "files": written}) if as_json else "\n".join(written))
 
 
+@app.command()
+def sample(
+    name: RunArgument,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Continue this instead of the battery's line. Repeatable.")
+    ] = None,
+    parts: Annotated[
+        list[str] | None, typer.Option("--part", help="A part of the battery: one, sweep, three, long. Repeatable.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.01, help="One text a prompt at this temperature instead.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="With --temperature.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed draws the same texts.")] = 42,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write Markdown here; by default report/samples.md.")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Draw texts from a run's newest rows: the battery of the earlier runs, or prompts of your own."""
+    run = rundir.find_run(runs, name)
+    from wake2vec import sample
+
+    sample.check_parts(parts or [])
+    sampler = sample.Sampler(run, lambda message: typer.echo(message, err=True))
+    drawn = []
+    for prompt in prompts or [sample.PROMPT]:
+        if temperature is None:
+            texts = sample.battery(sampler, prompt, seed, parts or list(sample.BATTERY))
+        else:
+            texts = iter(sampler.draw(prompt, sample.Settings(temperature, max_new_tokens=max_new_tokens), seed))
+        for text in texts:
+            drawn.append(text)
+            if not as_json:
+                numbers = ", ".join(f"{key} {value:.3g}" for key, value in text.numbers.items())
+                title = f"{text.part}, temperature {text.settings.temperature:g}: {numbers}"
+                console.print_text(title, text.prompt, text.pieces)
+    target = out or run.report / "samples.md"
+    rundir.make_folder(target.parent)
+    rundir.write_file(target, [sample.markdown(drawn, sampler.title).encode()])
+    typer.echo(f"{len(drawn)} texts: {target}", err=True)
+    if as_json:
+        typer.echo(json.dumps([text.as_json() for text in drawn]))
+
+
 @app.command("export")
 def write_export(
     name: RunArgument,

@@ -7,6 +7,7 @@ from datetime import timedelta
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 _SHOWN = {
     "train/loss_nats": "train {:.4f}",
@@ -69,6 +70,20 @@ class TrainConsole:
         self._progress.update(
             self._progress.task_ids[0], completed=step, description=", ".join([*shown, f"{left} left"])
         )
+
+
+def print_text(title: str, prompt: str, pieces: Sequence[tuple[str, bool]]) -> None:
+    """Print a drawn text on stdout, its new words in colour, or between ** where there is no terminal."""
+    out = RichConsole(highlight=False, soft_wrap=True)
+    out.print(title, style="bold", markup=False)
+    text = Text(prompt, style="dim")
+    for piece, new in pieces:
+        word = piece.strip()
+        if new and word and not out.is_terminal:
+            piece = piece.replace(word, f"**{word}**", 1)
+        text.append(piece, style="bold magenta" if new else "")
+    out.print(text)
+    out.print()
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -70,7 +70,7 @@ def export(run: RunDir, kind: str, out: Path | None, say: Say) -> Path:
     Raises:
         WakeError: something it needs is missing or it does not pass its check; nothing is left behind then.
     """
-    source = _read_source(run, say)
+    source = read_source(run, say)
     target = out or run.export / kind
     with _built_aside(target) as folder:
         tokens.save(source.words.tokenizer, folder)
@@ -105,7 +105,12 @@ def _built_aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _read_source(run: RunDir, say: Say) -> Source:
+def read_source(run: RunDir, say: Say) -> Source:
+    """Find the base model, the words and the newest whole sentry of a run.
+
+    Raises:
+        WakeError: one of them is missing or is not what the run was begun with.
+    """
     record = identity.read_run(run)
     assert record is not None
     fixed = record["identity"]
