@@ -15,7 +15,7 @@ PACKAGE = Path(wake2vec.__file__).parent
 # DESIGN section 5; a new file gets its place here first.
 LAYERS = {
     6: {"cli", "console"},
-    5: {"doctor", "report", "plots", "summary", "export", "card", "sample"},
+    5: {"doctor", "report", "plots", "summary", "export", "card", "sample", "trackers"},
     4: {"train", "resume"},
     3: {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),

@@ -65,17 +65,21 @@ def train(
     allow_stack_change: Annotated[
         bool, typer.Option("--allow-stack-change", help="Continue a run begun under other versions, on record.")
     ] = False,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="tensorboard, wandb or trackio (extras). Repeatable.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start a run, continue it where it stopped, or report it as done."""
     recipe_name, parsed = config.load_recipe(recipe, overrides or [])
     run = rundir.new_run(runs, name or recipe_name)
-    from wake2vec import report
+    from wake2vec import report, trackers
     from wake2vec.environment import check_stack
     from wake2vec.train import train as train_run
 
     check_stack()
-    with console.TrainConsole([report.LivePage(run)]) as shown:
+    tracked = trackers.Trackers(track or [], run, parsed.model_dump())
+    with tracked, console.TrainConsole([report.LivePage(run), tracked]) as shown:
         records = train_run(parsed, run, shown, allow_stack_change=allow_stack_change or None)
         if not report.is_current(run):
             try:
