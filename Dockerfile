@@ -40,13 +40,13 @@ FROM os AS stack-torch2.9-tf4.57
 COPY wake2vec/locks/torch2.9-tf4.57.txt /opt/lock.txt
 ENV WAKE2VEC_GROUP=tf4
 LABEL wake2vec.torch="2.9.0" wake2vec.transformers="4.57.6" wake2vec.huggingface-hub="0.36.0" \
-      wake2vec.lock-sha256="eb585096aa55ee7f41dfefdf9ea0df86481443247776d1b7ef90fcb819077cf1"
+      wake2vec.lock-sha256="4b09a1846bd95bb6764a9ab057f7d99447a90c4fe408e3262e78dac6aee9f03f"
 
 FROM os AS stack-torch2.10-tf5.0
 COPY wake2vec/locks/torch2.10-tf5.0.txt /opt/lock.txt
 ENV WAKE2VEC_GROUP=tf5
 LABEL wake2vec.torch="2.10.0" wake2vec.transformers="5.0.0" wake2vec.huggingface-hub="1.4.1" \
-      wake2vec.lock-sha256="e2fe64c87b9b531ddbe593d92b20916eb4f47be3e6e6d71474dbec2cefc40396"
+      wake2vec.lock-sha256="2ab4d5a100a77ee8c98a4a4ba678f889acbb1d14301bb506fe594aedc25d569a"
 
 # hadolint ignore=DL3006
 FROM stack-${STACK} AS final

@@ -33,6 +33,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from wake2vec import base, data, model
 from wake2vec.errors import WakeError
+from wake2vec.plan import Plan
 
 CPU = torch.device("cpu")
 PADDING = 12
@@ -113,6 +114,9 @@ def test_every_family_of_the_recipes_loads(
     assert frozen.causal_lm.training  # checkpointing asks for it
     embeds = frozen.table_VD[random_ids(vocab_size)]
     assert torch.equal(frozen.hidden(embeds), frozen.hidden(embeds))  # no dropout is left
+    again = load(path, vocab_size, quantization)  # in NF4, the body that was kept
+    assert base.fingerprint(again) == base.fingerprint(frozen)
+    assert torch.equal(again.hidden(embeds), frozen.hidden(embeds))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,7 +126,7 @@ def test_losses_are_those_of_the_plain_model(family: str, make: Callable[..., Pa
     path = make(config, **options)
     frozen, ids_BT = load(path, vocab_size), random_ids(vocab_size)
     rows = {name: torch.full((2, 64), 9.0) for name in ("input", "head") if name == "input" or not tied}
-    ours_M = model.WakeModel(frozen, rows, chunk_tokens=7, checkpointing=False).base_token_losses(ids_BT)
+    ours_M = model.WakeModel(frozen, rows, Plan(1, "kept", 7)).base_token_losses(ids_BT)
     with torch.no_grad():
         logits_BTV = plain(path)(input_ids=ids_BT[:, :-1]).logits[..., :vocab_size]
     expected_M = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
@@ -143,7 +147,7 @@ def test_base_is_the_same_after_evaluation_and_backward(
     frozen = load(make(Qwen2Config), vocab_size, quantization)
     before = base.fingerprint(frozen)
     rows = {"input": torch.randn(3, 64), "head": torch.randn(3, 64)}
-    wake = model.WakeModel(frozen, rows, chunk_tokens=7, checkpointing=True)
+    wake = model.WakeModel(frozen, rows, Plan(1, "recomputed", 7))
     blocks_BT = random_ids(vocab_size + 3)
     first_M = wake.token_losses(blocks_BT)
     wake.zero_grad()

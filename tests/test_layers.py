@@ -15,31 +15,23 @@ PACKAGE = Path(wake2vec.__file__).parent
 # DESIGN section 5; a new file gets its place here first.
 LAYERS = {
     6: {"cli", "console"},
-    5: {"doctor", "report", "plots", "summary", "export", "card", "sample", "trackers"},
+    5: {"doctor", "outlook", "smoke", "report", "plots", "summary", "export", "card", "sample", "trackers"},
     4: {"train", "resume"},
     3: {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
-        *("machine", "demo", "identity", "keeping", "hub", "preflight", "reference"),
+        *("machine", "demo", "identity", "keeping", "hub", "preflight", "kernels", "planner", "quantized"),
+        *("reference",),
     },
     2: {
-        "tokens",
-        "lexicon",
-        "rows",
-        "overlay",
-        "data",
-        "loss",
-        "optimizer",
-        "schedule",
-        "analysis",
-        "distinct",
-        "shards",
+        *("tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "checkpointing"),
+        *("analysis", "distinct", "shards"),
     },
     1: {"config", "rundir", "signals", "tables", "record"},
     0: {"errors"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-KNOWS_CONFIG = {"cli", "train", "model", "plan", "report", "resume", "identity", "preflight"}
+KNOWS_CONFIG = {"cli", "train", "model", "plan", "report", "resume", "identity", "preflight", "outlook", "smoke"}
 
 
 def imports_of(source: str) -> set[str]:

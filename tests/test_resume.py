@@ -153,7 +153,7 @@ def test_every_restored_part_matters(
 def test_resume_repeats_the_plan_of_the_sentry(inputs: Path, tmp_path: Path) -> None:
     from wake2vec.plan import Plan
 
-    plan = Plan(micro_batch_size=2, checkpointing=True, chunk_tokens=17)
+    plan = Plan(micro_batch_size=2, activations="recomputed", chunk_tokens=17)
     run = run_to_end(inputs, tmp_path / "run", plan=plan)
     (run.metrics).write_text("")  # no longer done: the last sentry is taken up again
     seen: list[str] = []
@@ -163,5 +163,5 @@ def test_resume_repeats_the_plan_of_the_sentry(inputs: Path, tmp_path: Path) -> 
             seen.append(message)
 
     train(make_recipe(inputs), run, Console())
-    assert any("micro-batch 2 of 4" in message for message in seen)
+    assert any("micro-batch 2, activations recomputed" in message for message in seen)
     assert sentry.read(run.sentry(LAST)).header["plan"] == plan.as_json()

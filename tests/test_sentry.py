@@ -208,6 +208,16 @@ def test_the_copy_is_of_the_moment_of_the_call(run: RunDir, monkeypatch: pytest.
         assert torch.equal(sentry.read(run.sentry(1)).tensors[name], tensor)
 
 
+def test_saves_use_the_memory_reserved_before_the_first_step(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = make_writer(run, [])
+    writer.reserve(tensors(1))
+    monkeypatch.setattr(torch, "empty", None)  # whoever calls it now makes memory on the loop's time
+    assert writer.save(tensors(1), header(1))
+    assert writer.wait() == 1
+    for name, tensor in tensors(1).items():
+        assert torch.equal(sentry.read(run.sentry(1)).tensors[name], tensor)
+
+
 def test_a_full_disk_is_reported_and_the_next_save_tries_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     full = [True]
     plain = sentry.write

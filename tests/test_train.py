@@ -9,7 +9,7 @@ import torch
 from tiny import Quiet, make_recipe, run_to_end
 from torch.nn import functional
 
-from wake2vec import base, sentry, train
+from wake2vec import base, sentry, sentry_writer, train
 from wake2vec.data import batch_indices
 from wake2vec.errors import WakeError
 from wake2vec.identity import read_inputs
@@ -117,8 +117,8 @@ def test_micro_batches_do_not_change_the_curve(kind: str, request: pytest.Fixtur
     inputs = request.getfixturevalue(kind)
     changes = {"train": {"batch_size": 16, "max_steps": 8}, "run": {"log_every": 1}}
     curves = []
-    for size, checkpointing in ((1, False), (16, False), (4, True)):
-        plan = Plan(micro_batch_size=size, checkpointing=checkpointing, chunk_tokens=64)
+    for size, activations in ((1, "kept"), (16, "kept"), (4, "recomputed")):
+        plan = Plan(size, activations, chunk_tokens=64)
         run = run_to_end(inputs, tmp_path / f"by-{size}", changes, plan=plan)
         curves.append([r["train/loss_nats"] for r in read_records(run.metrics) if "train/loss_nats" in r])
     assert len(curves[0]) == 8
@@ -181,8 +181,14 @@ def test_snapshots_are_half_precision_rows_at_their_steps(inputs: Path, tmp_path
         assert torch.equal(tensor, whole.tensors[name].half())
 
 
-def test_retention_keeps_the_last_the_best_and_every_so_many(inputs: Path, tmp_path: Path) -> None:
-    run = run_to_end(inputs, tmp_path / "run", {"run": {"keep_last": 2, "keep_every": 6, "sentry_every": 1}})
+@pytest.mark.parametrize("gap_s", [0.0, 100.0])
+def test_retention_keeps_the_last_the_best_and_every_so_many(
+    gap_s: float, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a save that is due waits for the one before instead of being skipped
+    monkeypatch.setattr(sentry_writer.SentryWriter, "busy", property(lambda writer: bool(writer.wait()) and False))
+    section = {"keep_last": 2, "keep_every": 6, "sentry_every": 1, "sentry_min_gap_s": gap_s}
+    run = run_to_end(inputs, tmp_path / "run", {"run": section})
     steps = sorted(header["step"] for _, header, _ in sentry.listing(run) if header)
     best = sentry.read(run.sentry(LAST)).header["best_step"]
     assert {0, 6, 12} <= set(steps)

@@ -10,6 +10,7 @@ from tokenizers_tiny import byte_level
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from wake2vec.config import Recipe
+from wake2vec.resume import Options
 from wake2vec.rundir import RunDir
 from wake2vec.train import train
 
@@ -138,5 +139,5 @@ def run_to_end(
 ) -> RunDir:
     """Train a tiny run and return its folder."""
     folder = RunDir(run)
-    train(make_recipe(inputs, changes), folder, Quiet(), **options)
+    train(make_recipe(inputs, changes), folder, Quiet(), Options(**options))
     return folder

@@ -3,10 +3,12 @@
 Shapes: B batch, T tokens, D hidden size, V tokens of the base tokenizer (rows past it are padding).
 """
 
+import contextlib
 import hashlib
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from wake2vec import hub
+from wake2vec import hub, quantized
 from wake2vec.errors import WakeError
 
 # transformers 5 loads shards asynchronously otherwise and can reserve far more GPU memory than it uses
@@ -23,7 +25,7 @@ os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _LEAST_TOKENS = 16
-_EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
+EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,15 @@ class BaseId:
 
     @property
     def revision(self) -> str | None:
-        """Return what `from_pretrained` takes as its revision."""
+        """Return its commit on the hub, None for a folder."""
         return None if self.commit.startswith("sha256:") else self.commit
+
+    def files(self) -> Path:
+        """Return the folder of its configuration and tokenizer, fetched if they are not in the cache.
+
+        Everything is loaded from folders: by a hub id transformers would look files up again, each time.
+        """
+        return Path(self.source) if self.revision is None else hub.fetch_small_files(self.name, self.commit)
 
 
 def identify(name: str, source: str, commit: str | None) -> BaseId:
@@ -60,10 +69,10 @@ def identify(name: str, source: str, commit: str | None) -> BaseId:
 def _hash_folder(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise WakeError(f"base model {folder}: has no config.json; give a folder in Hugging Face format")
+    paths = sorted({path for pattern in (*hub.MODEL_FILES, "*.safetensors") for path in folder.glob(pattern)})
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in (*hub.MODEL_FILES, "*.safetensors") for path in folder.glob(pattern)}):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    for path, file_digest in zip(paths, quantized.hash_files(paths), strict=True):
+        digest.update(f"{path.name}\0{file_digest}\n".encode())
     return digest.hexdigest()
 
 
@@ -73,7 +82,7 @@ def load_tokenizer(base: BaseId) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base.files(), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise WakeError(
             f"base model {base.name}: its tokenizer cannot be loaded ({_first_line(error)}); it needs a whole "
@@ -91,7 +100,7 @@ def load_config(base: BaseId) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(base.files(), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WakeError(
             f"base model {base.name}: its config.json cannot be loaded ({_first_line(error)}); put it back"
@@ -105,7 +114,8 @@ class FrozenBase:
     Attributes:
         causal_lm: the transformers model, in training mode without dropout (checkpointing asks for the mode).
         body: its decoder with the final norm, `inputs_embeds` to hidden states.
-        table_VD: input rows; `head_VD`: output rows, the same tensor where `tied`; both cut to V.
+        table_VD: input rows; `head_VD`: output rows, the same tensor where `tied`; both cut to V. The input rows of an
+            untied base may lie in host memory: then they are looked up by ids on the host (`WakeOverlay`).
         softcap: bound of the final logits (Gemma 2) or None.
     """
 
@@ -127,53 +137,118 @@ class FrozenBase:
         return hidden_BTD
 
 
-def load(base: BaseId, vocab_size: int, *, quantization: str, compute_dtype: str, device: torch.device) -> FrozenBase:
-    """Load a base model; `vocab_size` is the length of its tokenizer.
+def _say_nothing(message: str) -> None:
+    del message
+
+
+def load(
+    base: BaseId,
+    vocab_size: int,
+    *,
+    quantization: str,
+    compute_dtype: str,
+    device: torch.device,
+    table_on_host: bool = False,
+    say: Callable[[str], None] = _say_nothing,
+) -> FrozenBase:
+    """Load a base model; a body that is quantised here is kept, and taken from there the next time.
+
+    Args:
+        vocab_size: the length of its tokenizer.
+        quantization: "nf4" or "none".
+        table_on_host: keep the input table in host memory, pinned beside a GPU; a tied one is the head, and stays.
+        say: is told what takes long, and when a body cannot be kept.
 
     Raises:
-        WakeError: it cannot be loaded, or its head is of a kind that the loss does not compute.
+        WakeError: it cannot be had or loaded, or its head is of a kind that the loss does not compute.
     """
-    _quieten()
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    comes_quantized = quantized.is_quantized(load_config(base), base.name, quantization)
+    source = None
+    if quantization == "nf4" and not comes_quantized:
+        source = quantized.Source.of(base.commit, compute_dtype, device)
+    kept = quantized.find(source, say) if source else None
+    folder = kept or _whole_folder(base, say)
+    causal_lm = load_folder(folder, base.name, quantization, compute_dtype, device)
+    frozen = freeze(causal_lm, vocab_size, base.name)
+    _check_head(frozen, base.name)
+    if source and not kept:
+        quantized.keep(source, causal_lm, folder / "config.json", say)
+    if table_on_host and not frozen.tied:
+        frozen = with_table_on_host(frozen)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the table's old place
+    return frozen
 
-    config = load_config(base)
-    dtype = getattr(torch, compute_dtype)
+
+def _whole_folder(base: BaseId, say: Callable[[str], None]) -> Path:
+    """Return the folder with the weights, downloaded if they are not there."""
+    return Path(base.source) if base.revision is None else hub.download(base.name, base.commit, say)
+
+
+def load_folder(folder: Path, name: str, quantization: str, compute_dtype: str, device: torch.device) -> Any:
+    """Return the transformers model of a folder, quantised on the way unless its weights are already."""
+    _quieten()
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     options: dict[str, Any] = {}
-    if quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    if quantized.is_quantized(config, name, quantization):
+        # activations are computed in the recipe's type, whatever the file's maker had in mind
+        config.quantization_config = {**_as_dict(config.quantization_config), "bnb_4bit_compute_dtype": compute_dtype}
+    elif quantization == "nf4":
+        how = {key: value for key, value in quantized.NF4.items() if key != "quant_method"}
+        options["quantization_config"] = BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=compute_dtype)
     try:
-        attention = "eager" if config.model_type in _EAGER_ATTENTION else "sdpa"
-        causal_lm, loaded = AutoModelForCausalLM.from_pretrained(
-            base.source,
-            revision=base.revision,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=attention,
-            **options,
-        )
+        with _no_warmup():
+            causal_lm, loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=getattr(torch, compute_dtype),
+                device_map={"": device},
+                attn_implementation="eager" if config.model_type in EAGER_ATTENTION else "sdpa",
+                **options,
+            )
     except (OSError, ValueError, SafetensorError) as error:
-        raise WakeError(f"base model {base.name}: cannot be loaded ({_first_line(error)})") from None
+        raise WakeError(f"base model {name}: cannot be loaded ({_first_line(error)})") from None
     except RuntimeError as error:
         if "size" not in str(error):
             raise
-        raise WakeError(f"base model {base.name}: its weights do not fit its config.json; put both back") from None
+        raise WakeError(f"base model {name}: its weights do not fit its config.json; put both back") from None
     if loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"])[:3])
         raise WakeError(
-            f"base model {base.name}: {len(loaded['missing_keys'])} of its weights are not in its files ({missing}), "
+            f"base model {name}: {len(loaded['missing_keys'])} of its weights are not in its files ({missing}), "
             "and would be random; put the files back"
         )
-    frozen = freeze(causal_lm, vocab_size, base.name)
-    _check_head(frozen, base.name)
-    return frozen
+    return causal_lm
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    return dict(config if isinstance(config, dict) else config.to_dict())
+
+
+@contextlib.contextmanager
+def _no_warmup() -> Iterator[None]:
+    """Keep transformers from reserving half of the 16-bit weights' bytes on the GPU before it quantises them."""
+    from transformers import modeling_utils
+
+    plain = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = plain
+
+
+def with_table_on_host(frozen: FrozenBase) -> FrozenBase:
+    """Return the base with its input table in host memory, pinned beside a GPU."""
+    embedding = frozen.causal_lm.get_input_embeddings()
+    host_VD = torch.empty_like(embedding.weight, device="cpu", pin_memory=embedding.weight.is_cuda)
+    embedding.weight = nn.Parameter(host_VD.copy_(embedding.weight), requires_grad=False)
+    return replace(frozen, table_VD=embedding.weight.detach()[: len(frozen.table_VD)])
 
 
 def freeze(causal_lm: Any, vocab_size: int, name: str) -> FrozenBase:
@@ -189,7 +264,7 @@ def freeze(causal_lm: Any, vocab_size: int, name: str) -> FrozenBase:
             # bitsandbytes would repack the weights in place at the first evaluation, for a kernel without a backward
             module.support_avx512bf16_for_cpu = False
     table, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
+    if head is None or getattr(head, "bias", None) is not None or not head.weight.is_floating_point():
         raise WakeError(f"base model {name}: its output head is not a plain matrix; use another model")
     if table.weight.shape[0] < vocab_size:
         raise WakeError(

@@ -1,19 +1,24 @@
 """The `wake2vec` command."""
 
 import errno
+import itertools
 import json
 import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 import typer
 
 from wake2vec import __version__, config, console, rundir
 from wake2vec.errors import Stopped, WakeError
+
+if TYPE_CHECKING:
+    from wake2vec.doctor import Check
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
@@ -28,6 +33,15 @@ app = typer.Typer(
 )
 
 RunsOption = Annotated[Path, typer.Option("--runs", envvar="WAKE2VEC_RUNS", help="The folder where runs lie.")]
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="SIZE",
+        envvar="WAKE2VEC_GPU_MEMORY",
+        help="Keep within so much of the GPU's memory, as on a smaller card: 15GiB.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or the path of a TOML file.")
@@ -65,6 +79,10 @@ def train(
     allow_stack_change: Annotated[
         bool, typer.Option("--allow-stack-change", help="Continue a run begun under other versions, on record.")
     ] = False,
+    replan: Annotated[
+        bool, typer.Option("--replan", help="Continue with a new plan for the memory that is there, on record.")
+    ] = False,
+    gpu_memory: GpuMemoryOption = None,
     track: Annotated[
         list[str] | None, typer.Option("--track", help="tensorboard, wandb or trackio (extras). Repeatable.")
     ] = None,
@@ -73,14 +91,17 @@ def train(
     """Start a run, continue it where it stopped, or report it as done."""
     recipe_name, parsed = config.load_recipe(recipe, overrides or [])
     run = rundir.new_run(runs, name or recipe_name)
+    limit_bytes = config.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
     from wake2vec import report, trackers
     from wake2vec.environment import check_stack
+    from wake2vec.resume import Options
     from wake2vec.train import train as train_run
 
     check_stack()
+    options = Options(allow_stack_change=allow_stack_change or None, replan=replan, gpu_memory_bytes=limit_bytes)
     tracked = trackers.Trackers(track or [], run, parsed.model_dump())
     with tracked, console.TrainConsole([report.LivePage(run), tracked]) as shown:
-        records = train_run(parsed, run, shown, allow_stack_change=allow_stack_change or None)
+        records = train_run(parsed, run, shown, options)
         if not report.is_current(run):
             try:
                 shown.say(f"report: {report.write(run)[0]}")
@@ -304,6 +325,28 @@ def _check_lexicon(path: Path, text: str, base_name: str | None, as_json: bool) 
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    gpu_memory: GpuMemoryOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a run would load and take, and how its steps would be cut up; loads no weights."""
+    _, parsed = config.load_recipe(recipe, overrides or [])
+    limit_bytes = config.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
+    from wake2vec import outlook
+
+    found = outlook.outlook(parsed, limit_bytes, lambda message: typer.echo(message, err=True))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for line in outlook.lines(found):
+        typer.echo(line)
+    rows = [[part, f"{size / 2**30:.2f}", f"{size / 1e9:.2f}"] for part, size in found["bytes"].items()]
+    console.print_table("", ["part", "GiB", "GB"], rows)
+
+
+@app.command()
 def fetch(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Download a base model ahead of time."""
     _, parsed = config.load_recipe(recipe, overrides or [])
@@ -313,22 +356,37 @@ def fetch(recipe: RecipeArgument, overrides: SetOption = None) -> None:
         raise WakeError(f"recipe {recipe}: its base model is made at first use; nothing to fetch")
     found = base.identify(parsed.model.base, parsed.model.base, None)
     if found.revision is not None:
-        preflight.check_download(found)
-        typer.echo(f"{found.name} {found.commit}: {hub.download(found.name, found.commit)}", err=True)
+        preflight.check_download(parsed, found)
+        with console.TrainConsole() as shown:
+            folder = hub.download(found.name, found.commit, shown.say)
+        typer.echo(f"{found.name} {found.commit}: {folder}", err=True)
 
 
 @app.command()
-def doctor(runs: RunsOption = Path("runs"), as_json: JsonOption = False) -> None:
+def doctor(
+    runs: RunsOption = Path("runs"),
+    gpu: Annotated[bool, typer.Option("--gpu", help="Also train a tiny run on the card; about a minute.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say whether a run can start here, and the mend."""
     from wake2vec import doctor
 
-    found = list(doctor.checks(runs))
+    found = []
+    for check in itertools.chain(doctor.checks(runs), _smoke() if gpu else ()):
+        found.append(check)
+        if not as_json:
+            typer.echo(f"{check.state:5}{check.what:12}{check.found}")
     if as_json:
         typer.echo(json.dumps([check._asdict() for check in found]))
-    else:
-        for check in found:
-            typer.echo(f"{check.state:5}{check.what:12}{check.found}")
     doctor.raise_if_failed(found)
+
+
+def _smoke() -> Iterator["Check"]:
+    import torch
+
+    from wake2vec import smoke
+
+    yield from smoke.checks(torch.device("cuda"))
 
 
 def _age(saved_unix_s: float) -> str:

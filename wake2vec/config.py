@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from wake2vec.errors import WakeError
 
@@ -154,6 +154,21 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, 
         if not problems:
             return name, recipe
     raise WakeError("\n".join(f"recipe {name_or_path}: {problem}" for problem in problems))
+
+
+def parse_size(text: str, where: str) -> int:
+    """Return the bytes that `15GiB`, `16GB` or a plain number means.
+
+    Raises:
+        WakeError: it means none.
+    """
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        size = 0
+    if size <= 0:
+        raise WakeError(f"{where}: {_shown(text)!r} is no size; write for example 15GiB")
+    return size
 
 
 def _recipe_text(name_or_path: str) -> tuple[str, str]:

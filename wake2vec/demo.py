@@ -259,10 +259,13 @@ def base_config(num_tokens: int, pretraining: Pretraining) -> dict[str, object]:
 def pretrain(
     config: Mapping[str, object], ids_K: Tensor, pretraining: Pretraining, say: Callable[[str], None]
 ) -> Qwen2ForCausalLM:
-    """Train a model from scratch in float32 on random stretches of a text; the caller's random state is left alone."""
+    """Train a model from scratch in float32 on random stretches of a text, on the device where its ids lie.
+
+    The caller's random state is left alone.
+    """
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(pretraining.seed)
-        model = Qwen2ForCausalLM(Qwen2Config.from_dict(dict(config))).float()
+        model = Qwen2ForCausalLM(Qwen2Config.from_dict(dict(config))).float().to(ids_K.device)
         model.train()
         optimizer = torch.optim.AdamW(_parameter_groups(model, pretraining.weight_decay), betas=(0.9, 0.98))
         started = time.monotonic()

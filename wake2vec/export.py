@@ -117,7 +117,7 @@ def read_source(run: RunDir, say: Say) -> Source:
     step, path = _newest(run, record)
     name = fixed["base"]["name"]
     found = base.identify(name, identity.locate(name, say), fixed["base"]["commit"])
-    folder = Path(found.source) if found.revision is None else hub.download(found.name, found.commit)
+    folder = Path(found.source) if found.revision is None else hub.download(found.name, found.commit, say)
     words = tokens.add_words(base.load_tokenizer(found), _words(run), fixed["recipe"]["tokens"]["match"])
     if words.first_new_id != fixed["base_vocab_size"] or len(words.words) != fixed["num_new_tokens"]:
         raise WakeError(
@@ -252,17 +252,15 @@ def _write_configs(source: Source, folder: Path, num_rows: int) -> None:
 def _check_logits(source: Source, folder: Path, kind: str) -> str:
     """Compare the export's logits with the trainer's, under the run's own quantisation and type."""
     recipe = source.record["identity"]["recipe"]["model"]
-    options = {"quantization": recipe["quantization"], "compute_dtype": recipe["compute_dtype"]}
+    options: dict[str, Any] = {"quantization": recipe["quantization"], "compute_dtype": recipe["compute_dtype"]}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ids_BT = torch.linspace(0, source.vocab_size - 1, _CHECKED_TOKENS, device=device).long().unsqueeze(0)
     expected_TW = _trainer_logits(source, ids_BT, kind, options)
     if kind == "rows":
         found_TW = _adapter_logits(source, folder, ids_BT, options)
     else:
-        loaded = base.load(
-            base.BaseId(str(folder), str(folder), "sha256:"), source.vocab_size, device=device, **options
-        )
-        found_TW = loaded.causal_lm.eval()(input_ids=ids_BT, use_cache=False).logits[0].float()
+        causal_lm = base.load_folder(folder, folder.name, device=device, **options)
+        found_TW = causal_lm.eval()(input_ids=ids_BT, use_cache=False).logits[0].float()
         if found_TW.shape[1] > source.vocab_size:
             over = found_TW[:, source.vocab_size :].amax(1) > found_TW[:, : source.vocab_size].amax(1)
             if bool(over.any()):
@@ -278,7 +276,7 @@ def _check_logits(source: Source, folder: Path, kind: str) -> str:
     return f"largest difference {difference:.1e} of the largest logit"
 
 
-def _trainer_logits(source: Source, ids_BT: Tensor, kind: str, options: dict[str, str]) -> Tensor:
+def _trainer_logits(source: Source, ids_BT: Tensor, kind: str, options: dict[str, Any]) -> Tensor:
     """Return the trainer's logits, its rows rounded to the type that the export keeps them in."""
     from wake2vec.overlay import WakeOverlay
 
@@ -303,7 +301,7 @@ def _stored_dtype(source: Source, name: str) -> torch.dtype:
     raise AssertionError(name)
 
 
-def _adapter_logits(source: Source, folder: Path, ids_BT: Tensor, options: dict[str, str]) -> Tensor:
+def _adapter_logits(source: Source, folder: Path, ids_BT: Tensor, options: dict[str, Any]) -> Tensor:
     from peft import PeftModel
 
     frozen = base.load(source.base, source.words.first_new_id, device=ids_BT.device, **options)

@@ -1,7 +1,6 @@
 """What makes a run the run it is: its inputs, read and hashed, and `run.json`."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from wake2vec.errors import WakeError
 from wake2vec.lexicon import read_words
 from wake2vec.record import FORMAT, digest
 from wake2vec.record import read_run as read_run
-from wake2vec.rundir import RunDir, write_json
+from wake2vec.rundir import RunDir, cache_folder, write_json
 
 _DEMO = "demo:"
 
@@ -111,8 +110,7 @@ def locate(value: str, say: Callable[[str], None]) -> str:
     """Return what a recipe's value means; `demo:` names a file of the demo, made at first use."""
     if not value.startswith(_DEMO):
         return value
-    cache = os.environ.get("WAKE2VEC_CACHE") or Path.home() / ".cache" / "wake2vec"
-    folder = Path(cache) / f"demo-python{sys.version_info.major}.{sys.version_info.minor}"
+    folder = cache_folder() / f"demo-python{sys.version_info.major}.{sys.version_info.minor}"
     demo.prepare(folder, say)
     return str(folder / value.removeprefix(_DEMO))
 

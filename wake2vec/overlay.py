@@ -32,9 +32,27 @@ class WakeOverlay(nn.Module):
         entry is exactly zero and names some row of no meaning (spread out, so that they do not all meet in one).
         """
         device = self.rows_ND.device
+        base_BTD = self._base(ids_BT, device)
+        ids_BT = to_device(ids_BT, device)
         new_BT = ids_BT >= self.first_new_id
-        base_ids_BT = torch.where(new_BT, 0, ids_BT).to(self.base_VD.device)
-        base_BTD = functional.embedding(base_ids_BT, self.base_VD).to(device, non_blocking=True)
-        row_ids_BT = torch.where(new_BT, ids_BT - self.first_new_id, ids_BT % self.rows_ND.shape[0]).to(device)
+        row_ids_BT = torch.where(new_BT, ids_BT - self.first_new_id, ids_BT % self.rows_ND.shape[0])
         rows_BTD = functional.embedding(row_ids_BT, self.rows_ND, sparse=True).to(base_BTD.dtype)
-        return torch.where(new_BT.to(device).unsqueeze(-1), rows_BTD, base_BTD)
+        return torch.where(new_BT.unsqueeze(-1), rows_BTD, base_BTD)
+
+    def _base(self, ids_BT: Tensor, device: torch.device) -> Tensor:
+        """Return the base rows, row 0 for a new word, on a device."""
+        ids_BT = torch.where(ids_BT >= self.first_new_id, 0, ids_BT).to(self.base_VD.device)
+        shape = (*ids_BT.shape, self.base_VD.shape[1])
+        pinned = device.type == "cuda" and not self.base_VD.is_cuda
+        base_KD = torch.empty(
+            ids_BT.numel(), shape[-1], dtype=self.base_VD.dtype, device=ids_BT.device, pin_memory=pinned
+        )
+        torch.index_select(self.base_VD, 0, ids_BT.flatten(), out=base_KD)
+        return base_KD.view(shape).to(device, non_blocking=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; from the host without waiting for what the device has to do first."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

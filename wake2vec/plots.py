@@ -169,6 +169,7 @@ def _index_panel(axes: Axes, geometry: Geometry) -> None:
         axes.scatter([], [], s=20, color=colour, label=kind)
     axes.set_title("Norm by token id")
     axes.set_xlabel("token id")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_ylabel("L2 norm")
     axes.legend(frameon=False)
 
@@ -177,6 +178,7 @@ def _spectrum_panel(axes: Axes, geometry: Geometry) -> None:
     for (kind, variances_D), colour, shift in zip(geometry.variances.items(), (BASE, NEW), (-0.2, 0.2), strict=True):
         share = (variances_D / variances_D.sum().clamp(min=1e-12))[:20].numpy()
         axes.bar(np.arange(1, len(share) + 1) + shift, 100 * share, width=0.4, color=colour, label=kind)
+    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])  # room for the legend where the spectrum is flat
     axes.set_title("Top 20 principal components")
     axes.set_xlabel("component")
     axes.set_ylabel("% of the variance")

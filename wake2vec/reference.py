@@ -39,6 +39,11 @@ class WordLosses:
         self.counts_N = torch.zeros(num_words, dtype=torch.int64)
         self._first_new_id = first_new_id
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.nats_N.zero_()
+        self.counts_N.zero_()
+
     def add(self, targets_M: Tensor, losses_M: Tensor) -> None:
         """Count a batch; on the host, where the order of a sum is always the same."""
         words_M = targets_M.cpu() - self._first_new_id

@@ -10,14 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wake2vec import __version__, base, identity, preflight, sentry
+from wake2vec import __version__, base, identity, preflight, quantized, sentry
 from wake2vec.config import Recipe
 from wake2vec.environment import stack as installed_stack
 from wake2vec.identity import Inputs
 from wake2vec.metrics import MetricsLog
 from wake2vec.model import WakeModel
 from wake2vec.optimizer import Optimizer, make_optimizer
-from wake2vec.plan import Plan, free_memory, make_plan
+from wake2vec.plan import Plan, Work, read_work
+from wake2vec.planner import choose_plan, free_memory, limit_memory, saved_plan
 from wake2vec.reference import ReferenceWriter
 from wake2vec.rows import start_rows
 from wake2vec.rundir import RunDir, sweep
@@ -55,6 +56,16 @@ class LossWindow:
         self.num_timed += 1
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A step whose numbers the device may still be computing; `loss` and `norm` are 0-dim."""
+
+    step: int
+    rate: float
+    loss: Tensor
+    norm: Tensor
+
+
 @dataclass
 class Training:
     """A run in memory; `step` is the last finished one, and the rows are always those after it."""
@@ -66,12 +77,15 @@ class Training:
     model: WakeModel
     optimizer: Optimizer
     plan: Plan
+    work: Work
     metrics: MetricsLog
     writer: SentryWriter
     reference: ReferenceWriter
     console: Console
     step: int
     window: LossWindow
+    pending: list[Pending] = field(default_factory=list)
+    settled_at: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)
     beat_at: float = -math.inf
 
@@ -95,35 +109,55 @@ class Training:
         }
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a start differs from the usual one.
+
+    Attributes:
+        allow_stack_change: continue a run begun under other versions; None asks the environment.
+        replan: make a new plan for the memory that is there in place of the run's own.
+        gpu_memory_bytes: behave as on a card of this size.
+        plan: what to follow whatever the planner says; for tests and benchmarks.
+    """
+
+    allow_stack_change: bool | None = None
+    replan: bool = False
+    gpu_memory_bytes: int | None = None
+    plan: Plan | None = None
+
+
 def resume(
     recipe: Recipe,
     run: RunDir,
     console: Console,
     record: dict[str, Any] | None,
     inputs: Inputs,
-    *,
-    plan: Plan | None,
-    allow_stack_change: bool | None,
+    options: Options,
 ) -> Training:
     """Load the base and the newest sentry, or the start rows; `record` is run.json, None for a new run."""
     stack = installed_stack()
-    crosses = record is not None and identity.check_stack_change(record, stack, allow=allow_stack_change)
-    if recipe.train.exact:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    preflight.check(recipe, run, inputs.base, inputs.num_new_tokens)
-    frozen = _load_base(recipe, inputs, console.say)
+    crosses = record is not None and identity.check_stack_change(record, stack, allow=options.allow_stack_change)
+    device = _device(recipe, options)
+    work = plan_work(recipe, inputs)
+    preflight.check(recipe, run, inputs.base, work)
+    found = _newest(run, record, console.say) if record is not None else None
+    saved = saved_plan(found.header["plan"]) if found else None
+    plan = options.plan or choose_plan(
+        work,
+        free_memory(device),
+        on_gpu=device.type == "cuda",
+        exact=recipe.train.exact,
+        saved=None if options.replan else saved,
+    )
+    frozen = _load_base(recipe, inputs, device, plan, console.say)
     if record is None:
         record = identity.begin_record(run, inputs, stack, __version__)
-    for folder in (run.path, run.sentries, run.snapshots):
-        sweep(folder)
-    found = sentry.newest(run, record["identity_sha256"], console.say)
+        _sweep(run)
     step = found.step if found else 0
     if crosses:
         identity.note(run, record, {"from_step": step, "stack_before": record["stack"]}, stack=stack.as_dict())
-    plan = Plan(**found.header["plan"]) if found else plan or _plan(recipe, inputs, frozen)
     rows = _named(found.tensors, "rows/") if found else _start(recipe, inputs, frozen)
-    model = WakeModel(frozen, rows, chunk_tokens=plan.chunk_tokens, checkpointing=plan.checkpointing)
+    model = WakeModel(frozen, rows, plan)
     optimizer = make_optimizer(recipe.train.optimizer, model.rows, weight_decay=recipe.train.weight_decay)
     if found:
         optimizer.load_state_tensors(_named(found.tensors, "optimizer/"), found.header["optimizer_step"])
@@ -139,12 +173,14 @@ def resume(
     console.say(
         f"{'continuing after' if found else 'starting at'} step {step} of {recipe.train.max_steps}: "
         f"{inputs.num_new_tokens:,} new words, {len(inputs.train_blocks.ids_KT):,} blocks of {recipe.data.seq_len} "
-        f"tokens, micro-batch {plan.micro_batch_size} of {recipe.train.batch_size}"
+        f"tokens, {plan}"
     )
+    if found and plan != saved:
+        note_plan(run, record, console.say, step=step, before=found.header["plan"], plan=plan)
     reference = ReferenceWriter(run, record["identity_sha256"], inputs, frozen)
     reference.write_base()
     window = LossWindow(**found.header["window"]) if found else LossWindow()
-    return Training(
+    training = Training(
         run,
         recipe,
         inputs,
@@ -152,6 +188,7 @@ def resume(
         model,
         optimizer,
         plan,
+        work,
         metrics,
         writer,
         reference,
@@ -159,10 +196,67 @@ def resume(
         step=step,
         window=window,
     )
+    writer.reserve(training.tensors())
+    return training
 
 
-def _load_base(recipe: Recipe, inputs: Inputs, say: Callable[[str], None]) -> base.FrozenBase:
+def _device(recipe: Recipe, options: Options) -> torch.device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.train.exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if options.gpu_memory_bytes is not None and device.type == "cuda":
+        limit_memory(device, options.gpu_memory_bytes)
+    return device
+
+
+def _newest(run: RunDir, record: Mapping[str, Any], say: Callable[[str], None]) -> sentry.Sentry | None:
+    _sweep(run)
+    return sentry.newest(run, record["identity_sha256"], say)
+
+
+def _sweep(run: RunDir) -> None:
+    for folder in (run.path, run.sentries, run.snapshots):
+        sweep(folder)
+
+
+def plan_work(recipe: Recipe, inputs: Inputs) -> Work:
+    """Return what a run's plan is made for.
+
+    Raises:
+        WakeError: the base model is of a kind that cannot be trained on.
+    """
+    config = base.load_config(inputs.base)
+    quantized.is_quantized(config, inputs.base.name, recipe.model.quantization)
+    return read_work(
+        config,
+        name=inputs.base.name,
+        quantization=recipe.model.quantization,
+        compute_dtype=recipe.model.compute_dtype,
+        num_new_tokens=inputs.num_new_tokens,
+        batch_size=recipe.train.batch_size,
+        seq_len=recipe.data.seq_len,
+        optimizer=recipe.train.optimizer,
+    )
+
+
+def note_plan(
+    run: RunDir,
+    record: dict[str, Any],
+    say: Callable[[str], None],
+    *,
+    step: int,
+    before: Mapping[str, Any],
+    plan: Plan,
+) -> None:
+    """Say that a run goes on under another plan, and put it on record: its numbers may differ in the last places."""
+    say(f"memory is not what the plan was made for: going on after step {step} with {plan}")
+    identity.note(run, record, {"from_step": step, "plan_before": dict(before), "plan": plan.as_json()})
+
+
+def _load_base(
+    recipe: Recipe, inputs: Inputs, device: torch.device, plan: Plan, say: Callable[[str], None]
+) -> base.FrozenBase:
     say(f"loading {inputs.base.name} ({inputs.base.commit[:19]}) on {device.type}")
     return base.load(
         inputs.base,
@@ -170,6 +264,8 @@ def _load_base(recipe: Recipe, inputs: Inputs, say: Callable[[str], None]) -> ba
         quantization=recipe.model.quantization,
         compute_dtype=recipe.model.compute_dtype,
         device=device,
+        table_on_host=plan.table_on_host,
+        say=say,
     )
 
 
@@ -185,15 +281,3 @@ def _start(recipe: Recipe, inputs: Inputs, frozen: base.FrozenBase) -> dict[str,
 
 def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _plan(recipe: Recipe, inputs: Inputs, frozen: base.FrozenBase) -> Plan:
-    row_bytes = 4 * inputs.num_new_tokens * frozen.table_VD.shape[1]
-    return make_plan(
-        frozen.body.config,
-        batch_size=recipe.train.batch_size,
-        seq_len=recipe.data.seq_len,
-        vocab_size=inputs.base_vocab_size + inputs.num_new_tokens,
-        dtype_bytes=frozen.table_VD.element_size(),
-        free_bytes=max(0, free_memory(frozen.device) - row_bytes * (3 if frozen.tied else 5)),
-    )

@@ -116,6 +116,11 @@ def _holder(lock: Path) -> str:
         return "another process"
 
 
+def cache_folder() -> Path:
+    """Return where wake2vec keeps what it can make again: WAKE2VEC_CACHE, or a folder of the user's."""
+    return Path(os.environ.get("WAKE2VEC_CACHE") or Path.home() / ".cache" / "wake2vec")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, each one durable: a power cut after a later fsync inside cannot lose it."""
     if path.is_dir():

@@ -46,6 +46,17 @@ class SentryWriter:
         """Say whether a save is being written."""
         return self._thread is not None and self._thread.is_alive()
 
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the host memory that saves of these tensors are copied to, pinned where they are on a GPU.
+
+        Pinning takes the loop's time, so it is done before the first step, not at the first save.
+        """
+        if not self._host:
+            self._host = {
+                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()
+            }
+            self._stream = torch.cuda.Stream() if any(t.is_cuda for t in tensors.values()) else None
+
     def save(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], *, snapshot: bool = False) -> bool:
         """Start a save of the tensors as they are now; return False where it is skipped.
 
@@ -86,12 +97,7 @@ class SentryWriter:
             raise WakeError(self.problem)
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-        if not self._host:
-            self._host = {
-                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in tensors.items()
-            }
-            self._stream = torch.cuda.Stream() if on_gpu else None
+        self.reserve(tensors)
         if self._stream is None:
             for name, tensor in tensors.items():
                 self._host[name].copy_(tensor.detach())

@@ -10,7 +10,9 @@ batch(step) and learning_rate(step) are pure functions, so rows, optimizer state
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,23 +24,23 @@ from wake2vec.errors import Stopped, WakeError
 from wake2vec.evaluate import TokenLosses, evaluate
 from wake2vec.metrics import Record, read_records
 from wake2vec.optimizer import clip_scale, grad_norm
-from wake2vec.plan import Plan
+from wake2vec.overlay import to_device
+from wake2vec.plan import estimate
+from wake2vec.planner import leaner_plan
 from wake2vec.reference import WordLosses
-from wake2vec.resume import Console, LossWindow, Training, resume
+from wake2vec.resume import Console, LossWindow, Options, Pending, Training, note_plan, resume
 from wake2vec.rundir import RunDir, hold, write_json
 from wake2vec.schedule import learning_rate_at
 from wake2vec.signals import StopSignal
 
 _HEARTBEAT_GAP_S = 5.0
+_SETTLE_GAP_S = 1.0
+_USUAL = Options()
+T = TypeVar("T")
 
 
-def train(
-    recipe: Recipe, run: RunDir, console: Console, *, allow_stack_change: bool | None = None, plan: Plan | None = None
-) -> list[Record]:
+def train(recipe: Recipe, run: RunDir, console: Console, options: Options = _USUAL) -> list[Record]:
     """Start or continue a run and see it to its end; return its metrics.
-
-    Args:
-        plan: what a new run follows in place of the planner's choice.
 
     Raises:
         WakeError: the user can mend it.
@@ -56,10 +58,11 @@ def train(
             inputs = identity.read_inputs(recipe, commit, console.say)
             if record is not None:
                 identity.check_inputs(run, record, inputs)
-            training = resume(recipe, run, console, record, inputs, plan=plan, allow_stack_change=allow_stack_change)
+            training = resume(recipe, run, console, record, inputs, options)
         try:
             _loop(training, stop)
         except Stopped:
+            _settle(training)
             if training.writer.wait() != training.step:
                 training.writer.save_now(training.tensors(), training.header())
             console.say(f"stopped after step {training.step}, saved")
@@ -77,55 +80,156 @@ def is_done(run: RunDir, recipe: Recipe) -> bool:
     return finished and run.sentry(recipe.train.max_steps).exists()
 
 
-def _loop(training: Training, stop: StopSignal) -> None:
-    """Run the steps that are left; on `Stopped` the rows are those of `training.step`."""
-    train = training.recipe.train
-    _after_step(training, stop)
-    for step in range(training.step + 1, train.max_steps + 1):
-        started = time.monotonic()
-        with stop.interruptible():
-            gradient = _gradient(training, step)
-        training.writer.wait_for_copy()
-        rate = learning_rate_at(
-            step, learning_rate=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
-        )
-        training.optimizer.step(rate, clip_scale(gradient.norm, train.max_grad_norm) / gradient.num_scored)
-        training.step = step
-        training.window.add(gradient.loss, time.monotonic() - started)
-        _log(training, rate, float(gradient.norm))
-        _after_step(training, stop)
-        stop.check()
-    _finish(training, stop)
-
-
 @dataclass(frozen=True)
 class Gradient:
-    """What a step's forward and backward leave beside the rows' gradients, which are those of the summed loss."""
+    """What a step's forward and backward leave beside the rows' gradients, which are those of the summed loss.
 
-    loss: float
+    Attributes:
+        loss: mean nats a token over the step, 0-dim; `norm`: of that mean's gradient.
+    """
+
+    loss: Tensor
     norm: Tensor
     num_scored: int
 
 
-def _gradient(training: Training, step: int) -> Gradient:
-    """Fill the rows' gradients with those of a step; loss and norm are those of its mean, in nats a token."""
-    train, model = training.recipe.train, training.model
-    all_blocks = training.inputs.train_blocks.ids_KT
-    indices = batch_indices(step, batch_size=train.batch_size, num_blocks=len(all_blocks), seed=train.seed)
-    blocks_BT = all_blocks[indices]
-    num_scored = int((blocks_BT[:, 1:] != PAD).sum())
-    blocks_BT = blocks_BT.to(model.base.device)
-    model.zero_grad()
-    losses = [model.backward(micro) for micro in blocks_BT.split(training.plan.micro_batch_size)]
-    norm = grad_norm(model.rows.values()) / num_scored
-    loss = float(torch.stack(losses).sum()) / num_scored
-    if not math.isfinite(loss) or not math.isfinite(float(norm)):
-        raise WakeError(
-            f"step {step}: loss {loss}, gradient norm {float(norm)}, blocks {indices}; the sentry of step "
-            f"{training.writer.saved_step} is whole and kept; look at these blocks, or begin another run with a lower "
-            "train.learning_rate"
+def _loop(training: Training, stop: StopSignal) -> None:
+    """Run the steps that are left; on `Stopped` the rows are those of `training.step`."""
+    train = training.recipe.train
+    with stop.interruptible():
+        _try_plan(training)
+    _after_step(training, stop)
+    training.settled_at = time.monotonic()
+    for step in range(training.step + 1, train.max_steps + 1):
+        with stop.interruptible():
+            gradient = _within_memory(training, lambda: _gradient(training, step))  # noqa: B023 - called at once
+        training.writer.wait_for_copy()
+        rate = learning_rate_at(
+            step, learning_rate=train.learning_rate, warmup_steps=train.warmup_steps, max_steps=train.max_steps
         )
-    return Gradient(loss, norm, num_scored)
+        _update(training, gradient, rate)
+        training.step = step
+        training.pending.append(Pending(step, rate, gradient.loss, gradient.norm))
+        if _is_due(training) or stop.received:
+            _settle(training)
+            _after_step(training, stop)
+            training.settled_at = time.monotonic()
+            stop.check()
+    _finish(training, stop)
+
+
+def _is_due(training: Training) -> bool:
+    """Say whether a step's numbers are wanted now; a GPU is not kept waiting for them after every step."""
+    run, step = training.recipe.run, training.step
+    if training.model.base.device.type != "cuda" or step == training.recipe.train.max_steps:
+        return True
+    intervals = [every for every in (run.log_every, run.eval_every, run.snapshot_every, run.keep_every) if every]
+    return any(step % every == 0 for every in intervals) or time.monotonic() - training.settled_at >= _SETTLE_GAP_S
+
+
+def _settle(training: Training) -> None:
+    """Wait for the steps under way and take their numbers; nothing is saved before this has found them finite."""
+    if not training.pending:
+        return
+    numbers = torch.stack([torch.stack([p.loss, p.norm.to(p.loss)]) for p in training.pending]).tolist()
+    seconds = (time.monotonic() - training.settled_at) / len(training.pending)
+    for pending, (loss, norm) in zip(training.pending, numbers, strict=True):
+        _check_finite(training, pending.step, loss, norm)
+        training.window.add(loss, seconds)
+        _log(training, pending, norm)
+    training.pending.clear()
+
+
+def _update(training: Training, gradient: Gradient, rate: float) -> None:
+    """Update the rows in place."""
+    scale = clip_scale(gradient.norm, training.recipe.train.max_grad_norm) / gradient.num_scored
+    try:
+        training.optimizer.step(rate, scale)
+    except torch.OutOfMemoryError as error:
+        raise WakeError(
+            f"out of memory in the update of step {training.step + 1} ({str(error).splitlines()[0]}); free the card of "
+            f"other programs; the sentry of step {training.writer.saved_step} is whole and kept, and the same command "
+            "goes on from it"
+        ) from None
+
+
+def _check_finite(training: Training, step: int, loss: float, norm: float) -> None:
+    """Stop before rows that hold NaN or Inf could be saved."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise WakeError(
+        f"step {step}: loss {loss}, gradient norm {norm}, blocks {_indices(training, step)}; the sentry of step "
+        f"{training.writer.saved_step} is whole and kept; look at these blocks, or begin another run with a lower "
+        "train.learning_rate"
+    )
+
+
+def _try_plan(training: Training) -> None:
+    """Compute a micro-batch for nothing: memory that is short shows before the run begins, and not in it."""
+    if training.model.base.device.type == "cuda" and training.step < training.recipe.train.max_steps:
+        _within_memory(training, lambda: _sums(training, training.step + 1, training.plan.micro_batch_size))
+
+
+def _within_memory(training: Training, compute: Callable[[], T]) -> T:
+    """Return what `compute` gives; where the device's memory runs out, take a leaner plan and compute it again.
+
+    `compute` may not have changed anything that lasts.
+    """
+    while True:
+        try:
+            return compute()
+        except torch.OutOfMemoryError:
+            pass  # left before going on: the exception holds the tensors of the calls that it came through
+        _step_down(training)
+
+
+def _step_down(training: Training) -> None:
+    """Take a leaner plan after the device's memory ran out.
+
+    Raises:
+        WakeError: there is none.
+    """
+    plan, work = training.plan, training.work
+    before = estimate(plan, work).peak
+    leaner = leaner_plan(plan, work, host_is_apart=training.model.base.device.type == "cuda")
+    if leaner is None:
+        raise WakeError(
+            f"out of memory after step {training.step}: even the leanest plan ({before / 2**30:.1f} GiB by the "
+            f"estimate) did not fit; free the card of other programs (nvidia-smi shows them) or use a larger one; "
+            f"the sentry of step {training.writer.saved_step} is whole and kept, and the same command goes on from it"
+        )
+    training.model.zero_grad()
+    training.model.follow(leaner)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    training.plan = leaner
+    note_plan(
+        training.run, training.record, training.console.say, step=training.step, before=plan.as_json(), plan=leaner
+    )
+
+
+def _gradient(training: Training, step: int) -> Gradient:
+    """Fill the rows' gradients with those of a step; nothing waits for the device."""
+    losses, num_scored = _sums(training, step, training.recipe.train.batch_size)
+    norm = grad_norm(training.model.rows.values()) / num_scored
+    return Gradient(torch.stack(losses).sum() / num_scored, norm, num_scored)
+
+
+def _sums(training: Training, step: int, num_blocks: int) -> tuple[list[Tensor], int]:
+    """Fill the rows' gradients from a step's first blocks; return the micro-batches' losses and the tokens scored."""
+    model = training.model
+    blocks_BT = training.inputs.train_blocks.ids_KT[_indices(training, step)[:num_blocks]]
+    num_scored = int((blocks_BT[:, 1:] != PAD).sum())
+    blocks_BT = to_device(blocks_BT, model.ids_device)
+    model.zero_grad()
+    return [model.backward(micro) for micro in blocks_BT.split(training.plan.micro_batch_size)], num_scored
+
+
+def _indices(training: Training, step: int) -> list[int]:
+    train = training.recipe.train
+    return batch_indices(
+        step, batch_size=train.batch_size, num_blocks=len(training.inputs.train_blocks.ids_KT), seed=train.seed
+    )
 
 
 def _after_step(training: Training, stop: StopSignal) -> None:
@@ -136,7 +240,8 @@ def _after_step(training: Training, stop: StopSignal) -> None:
             _evaluate(training)
     snapshot = run.snapshot_every > 0 and step > 0 and step % run.snapshot_every == 0
     if training.writer.saved_step != step:
-        urgent = snapshot or step in (0, train.max_steps, training.metrics.best_step())
+        kept = run.keep_every > 0 and step % run.keep_every == 0
+        urgent = snapshot or kept or step in (0, train.max_steps, training.metrics.best_step())
         _save(training, urgent=urgent, snapshot=snapshot)
     _beat(training)
 
@@ -154,21 +259,28 @@ def _evaluate(training: Training) -> None:
         base = _losses(training, training.model.base_token_losses, training.inputs.base_val_blocks)
         values["base/bits_per_char"] = base["val/bits_per_char"]
     last = training.step == training.recipe.train.max_steps
-    training.reference.after_evaluation(training.step, words, training.model.rows["input"], last=last)
+    rows_ND = training.model.rows["input"]
+    _within_memory(training, lambda: training.reference.after_evaluation(training.step, words, rows_ND, last=last))
     _record(training, values)
 
 
 def _losses(
     training: Training, token_losses: TokenLosses, blocks: Blocks, words: WordLosses | None = None
 ) -> dict[str, float]:
-    return evaluate(
-        token_losses,
-        blocks,
-        first_new_id=training.inputs.base_vocab_size,
-        batch_size=training.plan.micro_batch_size,
-        device=training.model.base.device,
-        each=words.add if words else None,
-    )
+    def scored() -> dict[str, float]:
+        if words is not None:
+            words.clear()  # of a try that ran out of memory
+        return evaluate(
+            token_losses,
+            blocks,
+            first_new_id=training.inputs.base_vocab_size,
+            batch_size=training.plan.micro_batch_size,
+            device=training.model.base.device,
+            ids_device=training.model.ids_device,
+            each=words.add if words is not None else None,
+        )
+
+    return _within_memory(training, scored)
 
 
 def _record(training: Training, values: dict[str, float]) -> None:
@@ -177,23 +289,23 @@ def _record(training: Training, values: dict[str, float]) -> None:
     training.console.log(training.step, values)
 
 
-def _log(training: Training, rate: float, norm: float) -> None:
-    """Show the step and, where a line is due, put the mean over the steps since the last one on record."""
+def _log(training: Training, pending: Pending, norm: float) -> None:
+    """Show a step and, where a line is due, put the mean over the steps since the last one on record."""
     train, window, metrics = training.recipe.train, training.window, training.metrics
     step_s = window.seconds / window.num_timed
     values = {
         "train/loss_nats": window.loss_sum / window.num_steps,
-        "optim/learning_rate": rate,
+        "optim/learning_rate": pending.rate,
         "optim/grad_norm": norm,
         "time/step_s": step_s,
         "throughput/tokens_per_s": train.batch_size * training.recipe.data.seq_len / step_s,
         "memory/peak_gib": training.model.peak_memory_bytes() / 2**30,
     }
     val = {key: value for key in ("val/loss_nats", "val/bits_per_char") if (value := metrics.value(key)) is not None}
-    training.console.step(training.step, train.max_steps, {**values, **val})
-    if training.step % training.recipe.run.log_every == 0 or training.step == train.max_steps:
-        metrics.append(training.step, values)
-        training.console.log(training.step, values)
+    training.console.step(pending.step, train.max_steps, {**values, **val})
+    if pending.step % training.recipe.run.log_every == 0 or pending.step == train.max_steps:
+        metrics.append(pending.step, values)
+        training.console.log(pending.step, values)
         training.window = LossWindow()
 
 
