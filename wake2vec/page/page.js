@@ -170,7 +170,7 @@ class Chart {
     const width = Math.max(high - low, (last - first) / 500);
     this.range = width >= last - first ? [first, last] : [Math.max(first, Math.min(low, last - width)), 0];
     if (width < last - first) this.range[1] = this.range[0] + width;
-    memory.set("zoom " + this.spec.id, JSON.stringify(this.range));
+    memory.set("zoom " + this.spec.id, JSON.stringify(width < last - first ? this.range : null)); // all: of a longer run, more
     this.draw();
   }
 
