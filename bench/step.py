@@ -355,7 +355,7 @@ def idle_share(step: Callable[[], Tensor], num_steps: int = 10) -> float:
     return round(1.0 - busy / (end - spans[0][0]), 4)
 
 
-def qwen_plans(num_steps: int, *, with_earlier: bool, with_ours: bool) -> None:
+def qwen_plans(num_steps: int, names: tuple[str, ...], *, with_earlier: bool, with_ours: bool) -> None:
     """Measure qwen14b: the earlier loop, then plans for several cards, each in the memory of that card."""
     make_config, vocab_size, new = MODELS["qwen14b"]
     model = build(make_config())
@@ -380,6 +380,8 @@ def qwen_plans(num_steps: int, *, with_earlier: bool, with_ours: bool) -> None:
         ("15 GiB, 512 tokens a block", long, 15 * GIB),
     ]
     for card, of, limit in cards:
+        if not card.startswith(names):
+            continue
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         plan = choose_plan(of, min(limit, total), on_gpu=True, exact=False)
         if plan.table_on_host and frozen.table_VD.is_cuda:
@@ -412,6 +414,7 @@ def main() -> None:
     parts = ["floor", "earlier", "peft", "ours", "recipes"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cards", nargs="+", help="only plans for cards whose name begins so")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     options = parser.parse_args()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, bitsandbytes)}
@@ -420,7 +423,12 @@ def main() -> None:
         floor(options.steps)
         free()
     if "earlier" in options.only or "ours" in options.only:
-        qwen_plans(options.steps, with_earlier="earlier" in options.only, with_ours="ours" in options.only)
+        qwen_plans(
+            options.steps,
+            tuple(options.cards or [""]),
+            with_earlier="earlier" in options.only,
+            with_ours="ours" in options.only,
+        )
         free()
     if "peft" in options.only:
         peft_trainable_tokens(options.steps)

@@ -77,6 +77,28 @@ def test_report_command_writes_what_train_wrote(
     assert wake2vec("report", "nowhere") == 1
 
 
+def test_plan_says_what_a_run_would_take(wake2vec: Command, recipe: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert wake2vec("plan", recipe) == 0
+    out = capsys.readouterr().out
+    for said in ("10 new words", "12 steps of 64 tokens", "micro_batch_size 4", "peak", "part", "optimizer"):
+        assert said in out
+    assert wake2vec("plan", recipe, "--json", "--gpu-memory", "2GiB") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["limit_bytes"] == 2 * 2**30
+    assert found["plan"]["fused"]
+    assert found["least_bytes"] <= found["bytes"]["peak"] <= found["limit_bytes"]
+    assert found["epochs"] == 12 * 4 / found["train_blocks"]
+    assert wake2vec("plan", recipe, "--gpu-memory", "100KB") == 0
+    assert "it does not fit" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_size_that_is_none_is_refused(command: str, wake2vec: Command, recipe: Path, capsys: Capture) -> None:
+    assert wake2vec(command, recipe, "--gpu-memory", "much") == 1
+    assert "--gpu-memory: 'much' is no size; write for example 15GiB" in capsys.readouterr().err
+
+
 BAD_INPUTS = {
     "missing text": (["--set", 'data.text="nowhere.txt"'], "text nowhere.txt: no such file"),
     "missing lexicon": (["--set", 'tokens.lexicon="nowhere.txt"'], "nowhere.txt: no such file"),

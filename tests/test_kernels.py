@@ -90,12 +90,27 @@ def test_weights_come_from_where_the_plan_says(packed: base.FrozenBase) -> None:
     assert torch.equal(first.weight_OI(), kept)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_models_of_the_process_are_left_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger puts its classes in the place of transformers' own, and they know no CPU."""
+    before = outcome(frozen_model(family, "cpu", torch.float32))
+    monkeypatch.setattr(kernels, "_one_layer", lambda _: torch.ones(1))  # the fused one would need a GPU
+    fused = frozen_model(family, "cpu", torch.float32)
+    kernels.prepare(fused, fused=True)
+    assert "Liger" in repr(fused.body.layers[0])
+    other = frozen_model(family, "cpu", torch.float32)
+    assert "Liger" not in repr(other.body)
+    for mine, theirs in zip(outcome(other), before, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fused_kernels_round_as_much_as_the_plain_ones(family: str, dtype: torch.dtype) -> None:
     """The oracle is the plain model in float64; both are as far from it as their type's rounding."""
     exact, plain, fused = (frozen_model(family, "cuda", d) for d in (torch.float64, dtype, dtype))
+    assert {frozen.head_VD.dtype for frozen in (plain, fused)} == {dtype}
     exact.causal_lm.load_state_dict({k: v.double() for k, v in plain.causal_lm.state_dict().items()})
     fused.causal_lm.load_state_dict(plain.causal_lm.state_dict())
     kernels.prepare(fused, fused=True)

@@ -17,7 +17,6 @@ from wake2vec.resume import Options
 from wake2vec.rundir import RunDir
 
 CHANGES: dict[str, dict[str, Any]] = {"train": {"batch_size": 8}, "run": {"log_every": 1}}
-GIB = 2**30
 
 
 def hold_back(monkeypatch: pytest.MonkeyPatch, method: str, largest: int, from_call: int = 1) -> None:
@@ -89,16 +88,14 @@ def test_replan_takes_the_fastest_plan_that_fits(inputs: Path, tmp_path: Path) -
 
 @pytest.mark.gpu
 def test_a_full_card_makes_the_trial_step_down(inputs: Path, tmp_path: Path) -> None:
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    changes = {"train": {"batch_size": 1024, "max_steps": 4}, "data": {"seq_len": 64}}
     console, run = Quiet(), RunDir(tmp_path / "run")
-    changes = {"train": {"batch_size": 64}, "data": {"seq_len": 64}}
-    plan = Plan(64, "kept", 2048, kept_layers=2)
-    held_bytes = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    limit_bytes = torch.cuda.memory_reserved() + 128 * 2**20
     try:
-        torch.cuda.set_per_process_memory_fraction((held_bytes + 30 * 2**20) / total_bytes)
-        train.train(make_recipe(inputs, changes), run, console, Options(plan=plan))
+        options = Options(plan=Plan(1024, "kept", 2048), gpu_memory_bytes=limit_bytes)
+        train.train(make_recipe(inputs, changes), run, console, options)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert free_bytes > GIB
     assert any("going on after step 0 with micro-batch" in message for message in console.said)
-    assert len(losses(run)) == 4
+    assert len(losses(run)) == 2

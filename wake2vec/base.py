@@ -21,6 +21,8 @@ from wake2vec.errors import WakeError
 
 # transformers 5 loads shards asynchronously otherwise and can reserve far more GPU memory than it uses
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+# pieces of memory of many sizes otherwise leave gaps that no plan can foresee
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # says at import that an optional CPU kernel, which it would fetch from the hub, is not there
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

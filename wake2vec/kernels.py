@@ -8,8 +8,8 @@ Shapes: K tokens, I and O features in and out, B blocks, T tokens, D hidden size
 """
 
 import functools
-import importlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -101,7 +101,9 @@ class _SharedBuffer:
         self._holds: int | None = None
         on_gpu = self._weights[0].is_cuda
         self._unpack(0)  # whatever is set up at first use is no part of a graph
+        # one stream and one pool: memory is used again within a stream only
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self._stream = torch.cuda.Stream() if on_gpu else None
         self._graphs = [self._capture(number) for number in range(len(layers))] if on_gpu else []
 
     def weight(self, number: int, place: int) -> Tensor:
@@ -120,16 +122,17 @@ class _SharedBuffer:
             _unpack_into(module, weight_OI)
 
     def _capture(self, number: int) -> torch.cuda.CUDAGraph:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             # not torch.cuda.graph: it collects garbage before each capture
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 self._unpack(number)
             finally:
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         return graph
 
 
@@ -158,8 +161,11 @@ def _fuse(base: FrozenBase) -> None:
     apply = _liger(model_type)
     if apply is None:
         return
+    module: Any = sys.modules[type(base.body).__module__]
+    names = dict(vars(module))
     apply(model=base.causal_lm, rope=False, cross_entropy=False, fused_linear_cross_entropy=False)
-    _fuse_rotary(type(base.body).__module__)
+    vars(module).update(names)  # this model alone: one that is built later may lie on a CPU
+    _fuse_rotary(module)
     after_BTD = _one_layer(base)
     difference = float((after_BTD - before_BTD).norm() / before_BTD.norm())
     if not difference <= _LARGEST_DIFFERENCE[base.head_VD.dtype]:
@@ -177,11 +183,10 @@ def _liger(model_type: str) -> Callable[..., None] | None:
     return apply
 
 
-def _fuse_rotary(module_name: str) -> None:
+def _fuse_rotary(module: Any) -> None:
     """Patch the rotary embedding of a transformers module: Liger's for tensors on a GPU, its own for others."""
     from liger_kernel.transformers import liger_rotary_pos_emb
 
-    module: Any = importlib.import_module(module_name)
     plain = module.apply_rotary_pos_emb
     if hasattr(plain, "unfused"):
         return

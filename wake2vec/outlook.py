@@ -27,7 +27,7 @@ def outlook(recipe: Recipe, limit_bytes: int | None, say: Callable[[str], None])
     """
     inputs = identity.read_inputs(recipe, None, say)
     work = plan_work(recipe, inputs)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda" or limit_bytes is not None
     limit = free_memory(device) if limit_bytes is None else limit_bytes
     plan = choose_plan(work, limit, on_gpu=on_gpu, exact=recipe.train.exact)

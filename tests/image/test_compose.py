@@ -87,7 +87,8 @@ def test_a_published_image_takes_the_place_of_a_built_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["WAKE2VEC_RUN", "WAKE2VEC_ALLOW_DRIFT", "WAKE2VEC_ALLOW_STACK_CHANGE", "HF_HUB_OFFLINE"]
+    "name",
+    ["WAKE2VEC_RUN", "WAKE2VEC_ALLOW_DRIFT", "WAKE2VEC_ALLOW_STACK_CHANGE", "WAKE2VEC_GPU_MEMORY", "HF_HUB_OFFLINE"],
 )
 def test_a_variable_reaches_the_container(name: str) -> None:
     assert {service["environment"][name] for service in resolve(**{name: "x1"}).values()} == {"x1"}
