@@ -40,13 +40,13 @@ FROM os AS stack-torch2.9-tf4.57
 COPY wake2vec/locks/torch2.9-tf4.57.txt /opt/lock.txt
 ENV WAKE2VEC_GROUP=tf4
 LABEL wake2vec.torch="2.9.0" wake2vec.transformers="4.57.6" wake2vec.huggingface-hub="0.36.0" \
-      wake2vec.lock-sha256="0a06a3ee231ac44862f88ca44346e5f600344ca60d585296af7e8d8d3c623f70"
+      wake2vec.lock-sha256="4b09a1846bd95bb6764a9ab057f7d99447a90c4fe408e3262e78dac6aee9f03f"
 
 FROM os AS stack-torch2.10-tf5.0
 COPY wake2vec/locks/torch2.10-tf5.0.txt /opt/lock.txt
 ENV WAKE2VEC_GROUP=tf5
 LABEL wake2vec.torch="2.10.0" wake2vec.transformers="5.0.0" wake2vec.huggingface-hub="1.4.1" \
-      wake2vec.lock-sha256="d2d3f9dfa0f2748480f85392ee2f4eddd2a621d114b651b271362d6254ba2a03"
+      wake2vec.lock-sha256="2ab4d5a100a77ee8c98a4a4ba678f889acbb1d14301bb506fe594aedc25d569a"
 
 # hadolint ignore=DL3006
 FROM stack-${STACK} AS final

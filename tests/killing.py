@@ -57,13 +57,13 @@ def _in_step(step: int, strike: Callable[[], None], console: Any) -> None:
 def _in_evaluation(step: int, strike: Callable[[], None], _console: Any) -> None:
     plain = train._losses
 
-    def striking(training: Any, token_losses: Any, blocks: Any) -> Any:
+    def striking(training: Any, token_losses: Any, blocks: Any, words: Any = None) -> Any:
         def losses(blocks_BT: Any) -> Any:
             if training.step == step:
                 strike()
             return token_losses(blocks_BT)
 
-        return plain(training, losses, blocks)
+        return plain(training, losses, blocks, words)
 
     train._losses = striking
 

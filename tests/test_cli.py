@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,8 +57,24 @@ def test_train_then_again_says_done(wake2vec: Command, recipe: Path, tmp_path: P
 def test_run_folder_holds_what_the_design_lists(wake2vec: Command, recipe: Path, tmp_path: Path) -> None:
     assert wake2vec("train", recipe) == 0
     assert {path.name for path in (tmp_path / "runs" / "tiny").iterdir()} == {
-        *("run.json", "sentries", "heartbeat.json", "metrics.jsonl", "loss_table.md", "lock")
+        *("run.json", "sentries", "heartbeat.json", "metrics.jsonl", "loss_table.md", "lock", "reference", "report")
     }
+
+
+def test_report_command_writes_what_train_wrote(
+    wake2vec: Command, recipe: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert wake2vec("train", recipe) == 0
+    folder = tmp_path / "runs" / "tiny" / "report"
+    assert f"report: {folder / 'index.html'}" in capsys.readouterr().err
+    summary = (folder / "summary.json").read_bytes()
+    shutil.rmtree(folder)
+    assert wake2vec("report", "tiny", "--json") == 0
+    written = json.loads(capsys.readouterr().out)["files"]
+    assert written[0] == str(folder / "index.html")
+    assert {Path(path).name for path in written} == {path.name for path in folder.iterdir()}
+    assert (folder / "summary.json").read_bytes() == summary
+    assert wake2vec("report", "nowhere") == 1
 
 
 def test_plan_says_what_a_run_would_take(wake2vec: Command, recipe: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -15,14 +15,18 @@ PACKAGE = Path(wake2vec.__file__).parent
 # DESIGN section 5; a new file gets its place here first.
 LAYERS = {
     6: {"cli", "console"},
-    5: {"doctor", "outlook", "smoke"},
+    5: {"doctor", "outlook", "smoke", "report", "plots", "summary", "export", "card", "sample", "trackers"},
     4: {"train", "resume"},
     3: {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
         *("machine", "demo", "identity", "keeping", "hub", "preflight", "kernels", "planner", "quantized"),
+        *("reference",),
     },
-    2: {"tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "checkpointing"},
-    1: {"config", "rundir", "scribe", "signals"},
+    2: {
+        *("tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "checkpointing"),
+        *("analysis", "distinct", "shards"),
+    },
+    1: {"config", "rundir", "scribe", "signals", "tables", "record"},
     0: {"errors"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

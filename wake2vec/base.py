@@ -170,7 +170,7 @@ def load(
         source = quantized.Source.of(base.commit, compute_dtype, device)
     kept = quantized.find(source, say) if source else None
     folder = kept or _whole_folder(base, say)
-    causal_lm = _load_folder(folder, base.name, quantization, compute_dtype, device)
+    causal_lm = load_folder(folder, base.name, quantization, compute_dtype, device)
     frozen = freeze(causal_lm, vocab_size, base.name)
     _check_head(frozen, base.name)
     if source and not kept:
@@ -187,7 +187,7 @@ def _whole_folder(base: BaseId, say: Callable[[str], None]) -> Path:
     return Path(base.source) if base.revision is None else hub.download(base.name, base.commit, say)
 
 
-def _load_folder(folder: Path, name: str, quantization: str, compute_dtype: str, device: torch.device) -> Any:
+def load_folder(folder: Path, name: str, quantization: str, compute_dtype: str, device: torch.device) -> Any:
     """Return the transformers model of a folder, quantised on the way unless its weights are already."""
     _quieten()
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig

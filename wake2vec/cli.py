@@ -89,20 +89,30 @@ def train(
         bool, typer.Option("--replan", help="Continue with a new plan for the memory that is there, on record.")
     ] = False,
     gpu_memory: GpuMemoryOption = None,
+    track: Annotated[
+        list[str] | None, typer.Option("--track", help="tensorboard, wandb or trackio (extras). Repeatable.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start a run, continue it where it stopped, or report it as done."""
     recipe_name, parsed = config.load_recipe(recipe, overrides or [])
     run = rundir.new_run(runs, name or recipe_name)
     limit_bytes = config.parse_size(gpu_memory, "--gpu-memory") if gpu_memory else None
+    from wake2vec import report, trackers
     from wake2vec.environment import check_stack
     from wake2vec.resume import Options
     from wake2vec.train import train as train_run
 
     check_stack()
     options = Options(allow_stack_change=allow_stack_change or None, replan=replan, gpu_memory_bytes=limit_bytes)
-    with console.TrainConsole() as shown:
+    tracked = trackers.Trackers(track or [], run, parsed.model_dump())
+    with tracked, console.TrainConsole([report.LivePage(run), tracked]) as shown:
         records = train_run(parsed, run, shown, options)
+        if not report.is_current(run):
+            try:
+                shown.say(f"report: {report.write(run)[0]}")
+            except WakeError as error:  # of a run begun before reports; it is done all the same
+                shown.say(f"no report: {error}")
     _show_result(run, records, as_json)
 
 
@@ -177,6 +187,150 @@ def sentries(
         for entry in listed
     ]
     console.print_table(f"{run.path}", ["sentry", "step", "val nats", "MiB", "age", "state"], rows)
+
+
+@app.command("report")
+def write_report(name: RunArgument, runs: RunsOption = Path("runs"), as_json: JsonOption = False) -> None:
+    """Write plots, tables, numbers and one page from a run's folder; needs no GPU and no base model."""
+    run = rundir.find_run(runs, name)
+    from wake2vec import report
+
+    written = [str(path) for path in report.write(run)]
+    typer.echo(json.dumps({"run": str(run.path), "files": written}) if as_json else "\n".join(written))
+
+
+@app.command()
+def sample(
+    name: RunArgument,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Continue this instead of the battery's line. Repeatable.")
+    ] = None,
+    parts: Annotated[
+        list[str] | None, typer.Option("--part", help="A part of the battery: one, sweep, three, long. Repeatable.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.01, help="One text a prompt at this temperature instead.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="With --temperature.")] = 256,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed draws the same texts.")] = 42,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write Markdown here; by default report/samples.md.")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Draw texts from a run's newest rows: the battery of the earlier runs, or prompts of your own."""
+    run = rundir.find_run(runs, name)
+    from wake2vec import sample
+
+    sample.check_parts(parts or [])
+    sampler = sample.Sampler(run, lambda message: typer.echo(message, err=True))
+    drawn = []
+    for prompt in prompts or [sample.PROMPT]:
+        if temperature is None:
+            texts = sample.battery(sampler, prompt, seed, parts or list(sample.BATTERY))
+        else:
+            texts = iter(sampler.draw(prompt, sample.Settings(temperature, max_new_tokens=max_new_tokens), seed))
+        for text in texts:
+            drawn.append(text)
+            if not as_json:
+                numbers = ", ".join(f"{key} {value:.3g}" for key, value in text.numbers.items())
+                title = f"{text.part}, temperature {text.settings.temperature:g}: {numbers}"
+                console.print_text(title, text.prompt, text.pieces)
+    target = out or run.report / "samples.md"
+    rundir.make_folder(target.parent)
+    rundir.write_file(target, [sample.markdown(drawn, sampler.title).encode()])
+    typer.echo(f"{len(drawn)} texts: {target}", err=True)
+    if as_json:
+        typer.echo(json.dumps([text.as_json() for text in drawn]))
+
+
+@app.command("export")
+def write_export(
+    name: RunArgument,
+    kind: Annotated[str, typer.Option("--format", help="rows: a PEFT adapter; model: a whole model.")] = "rows",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder; by default export/FORMAT in the run's.")
+    ] = None,
+    push: Annotated[str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload it to the hub.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is public.")] = False,
+    runs: RunsOption = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Write the rows, or the whole model, in a form that other tools load; checked before it gets its name."""
+    if kind not in ("rows", "model"):
+        raise WakeError(f"--format {kind}: no such format; use rows or model")
+    run = rundir.find_run(runs, name)
+    from wake2vec import export
+
+    def say(message: str) -> None:
+        typer.echo(message, err=True)
+
+    folder = export.export(run, kind, out, say)
+    address = None if push is None else export.push(folder, push, public=public, say=say)
+    typer.echo(json.dumps({"folder": str(folder), "address": address}) if as_json else str(address or folder))
+
+
+@app.command()
+def lexicon(
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A UTF-8 text file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the list here and the scored table beside it (.tsv).")
+    ] = None,
+    min_count: Annotated[int, typer.Option("--min-count", min=1, help="Occurrences a word needs.")] = 1,
+    max_zipf: Annotated[
+        float, typer.Option("--max-zipf", help="Leave out words more frequent in general English than this.")
+    ] = 3.0,
+    check: Annotated[Path | None, typer.Option("--check", metavar="LEXICON", help="Check a lexicon instead.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="With --check: a model whose vocabulary may know the words already.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Extract a lexicon from a text, most distinctive words first; or check one against a text."""
+    from wake2vec import distinct
+    from wake2vec.data import read_text
+
+    content = read_text(text)
+    if check is not None:
+        _check_lexicon(check, content, base, as_json)
+        return
+    entries = distinct.extract(content, min_count=min_count, max_zipf=max_zipf)
+    words = [entry.word for entry in entries if not entry.dropped]
+    if not words:
+        raise WakeError(f"lexicon {text}: none of its {len(entries):,} word types is left; raise --max-zipf")
+    if out is not None:
+        rundir.write_file(out, ["".join(f"{word}\n" for word in words).encode()])
+        rundir.write_file(out.with_suffix(".tsv"), [distinct.table(entries).encode()])
+        typer.echo(f"{len(words):,} of {len(entries):,} word types: {out}, {out.with_suffix('.tsv')}", err=True)
+    elif as_json:
+        typer.echo(json.dumps([{**vars(entry), "score": round(entry.score, 3)} for entry in entries]))
+    else:
+        typer.echo("\n".join(words))
+
+
+def _check_lexicon(path: Path, text: str, base_name: str | None, as_json: bool) -> None:
+    from wake2vec import distinct
+    from wake2vec.lexicon import read_words
+
+    vocabulary = None
+    if base_name is not None:
+        from wake2vec import base
+
+        vocabulary = base.load_tokenizer(base.identify(base_name, base_name, None)).get_vocab()
+    found = distinct.check(read_words(path), text, vocabulary)
+    if as_json:
+        typer.echo(json.dumps(vars(found)))
+        return
+    rows = [
+        [name, "not asked (--base)" if words is None else f"{len(words):,}", " ".join((words or [])[:8])]
+        for name, words in (
+            ("never whole in the text", found.unseen),
+            ("tokens already", found.known),
+            ("fragments of other words", found.fragments),
+        )
+    ]
+    console.print_table(f"{path}: {found.num_words:,} words", ["", "words", "for example"], rows)
 
 
 @app.command()

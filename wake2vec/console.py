@@ -1,12 +1,13 @@
 """What a person sees: messages and a live line on stderr, tables and JSON on stdout."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 _SHOWN = {
     "train/loss_nats": "train {:.4f}",
@@ -21,9 +22,13 @@ _SHOWN = {
 
 
 class TrainConsole:
-    """Shows a run: a live line on a terminal, one plain line per log line without one."""
+    """Shows a run: a live line on a terminal, one plain line per log line without one.
 
-    def __init__(self) -> None:
+    `watchers` are told every line of the metrics log too: trackers, and the report's live page.
+    """
+
+    def __init__(self, watchers: Sequence[Callable[[int, Mapping[str, float]], None]] = ()) -> None:
+        self._watchers = watchers
         self._console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
 
@@ -42,6 +47,8 @@ class TrainConsole:
         """Show a line of the metrics log."""
         shown = [form.format(values[key]) for key, form in _SHOWN.items() if key in values]
         self.say(f"step {step}: {', '.join(shown)}")
+        for watcher in self._watchers:
+            watcher(step, values)
 
     def step(self, step: int, max_steps: int, values: Mapping[str, float]) -> None:
         """Move the live line."""
@@ -63,6 +70,20 @@ class TrainConsole:
         self._progress.update(
             self._progress.task_ids[0], completed=step, description=", ".join([*shown, f"{left} left"])
         )
+
+
+def print_text(title: str, prompt: str, pieces: Sequence[tuple[str, bool]]) -> None:
+    """Print a drawn text on stdout, its new words in colour, or between ** where there is no terminal."""
+    out = RichConsole(highlight=False, soft_wrap=True)
+    out.print(title, style="bold", markup=False)
+    text = Text(prompt, style="dim")
+    for piece, new in pieces:
+        word = piece.strip()
+        if new and word and not out.is_terminal:
+            piece = piece.replace(word, f"**{word}**", 1)
+        text.append(piece, style="bold magenta" if new else "")
+    out.print(text)
+    out.print()
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

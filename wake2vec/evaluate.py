@@ -25,6 +25,7 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     ids_device: torch.device,
+    each: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, float]:
     """Return the losses over all blocks.
 
@@ -32,6 +33,7 @@ def evaluate(
 
     Args:
         device: where the losses come out; `ids_device`: where the blocks are wanted.
+        each: is given every batch's targets_M (`PAD` where nothing is scored) and losses_M.
     """
     nats = torch.zeros(2, dtype=torch.float64, device=device)
     counts = torch.zeros(2, dtype=torch.float64, device=device)
@@ -39,6 +41,8 @@ def evaluate(
         blocks_BT = blocks.ids_KT[start : start + batch_size]
         losses_M = token_losses(to_device(blocks_BT, ids_device)).double()
         targets_M = to_device(blocks_BT[:, 1:].flatten(), device)
+        if each is not None:
+            each(targets_M, losses_M)
         for kind, mask_M in enumerate((targets_M >= first_new_id, (targets_M < first_new_id) & (targets_M != PAD))):
             nats[kind] += (losses_M * mask_M).sum()
             counts[kind] += mask_M.sum()

@@ -47,7 +47,7 @@ def hub_errors(name: str, commit: str | None = None) -> Iterator[None]:
         raise WakeError(
             f"base model {name}: not in the cache and the hub cannot be reached; connect, or fetch it beforehand"
         ) from None
-    except (HfHubHTTPError, OSError, _client_error()) as error:
+    except (HfHubHTTPError, OSError, client_error()) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WakeError(
                 f"base model {name}: {cache_folder()} is full; free space, or set HF_HOME to another disk, and start "
@@ -56,7 +56,7 @@ def hub_errors(name: str, commit: str | None = None) -> Iterator[None]:
         raise WakeError(f"base model {name}: the hub did not give it ({error}); try again") from None
 
 
-def _client_error() -> type[Exception]:
+def client_error() -> type[Exception]:
     """Return what the HTTP client of huggingface_hub 1 raises; that of 0.36 raises an OSError."""
     if importlib.util.find_spec("httpx") is None:
         return OSError
@@ -126,7 +126,7 @@ def download_sizes(name: str, commit: str) -> tuple[int, int]:
             files = HfApi().model_info(name, revision=commit, files_metadata=True).siblings or []
         except HfHubHTTPError:
             raise
-        except (OSError, _client_error()):  # not reached: the cache may hold it all
+        except (OSError, client_error()):  # not reached: the cache may hold it all
             return 0, 0
         except RuntimeError as error:
             if not _is_closed_client(error):
@@ -176,7 +176,7 @@ def _again_while_it_grows(fetch: Callable[[], Path], blobs: Path, say: Callable[
         before = _bytes_in(blobs)
         try:
             return fetch()
-        except (OSError, _client_error()) as error:
+        except (OSError, client_error()) as error:
             if _bytes_in(blobs) <= before:
                 raise
             say(f"the download broke off ({error}); going on with it")

@@ -1,15 +1,12 @@
 """What makes a run the run it is: its inputs, read and hashed, and `run.json`."""
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, ValidationError
 
 from wake2vec import demo, tokens
 from wake2vec.base import BaseId, identify, load_tokenizer
@@ -18,35 +15,11 @@ from wake2vec.data import Blocks, join_blocks, make_blocks, read_text, split_tex
 from wake2vec.environment import StackReport, check_same_stack
 from wake2vec.errors import WakeError
 from wake2vec.lexicon import read_words
-from wake2vec.rundir import RunDir, cache_folder, read_json, write_json
+from wake2vec.record import FORMAT, digest, write_run
+from wake2vec.record import read_run as read_run
+from wake2vec.rundir import RunDir, cache_folder
 
-FORMAT = 1
 _DEMO = "demo:"
-
-
-class _Base(BaseModel):
-    commit: str
-
-
-class _Identity(BaseModel):
-    recipe: dict[str, Any]
-    base: _Base
-    base_vocab_size: int
-    num_new_tokens: int
-    num_train_blocks: int
-
-
-class _Stack(BaseModel):
-    versions: dict[str, str]
-    drift: dict[str, Any]
-
-
-class _Record(BaseModel):
-    """What is read again of run.json."""
-
-    identity: _Identity
-    stack: _Stack
-    history: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +27,7 @@ class Inputs:
     """Everything a run reads but the base model's weights.
 
     Attributes:
-        train_blocks: the text that is trained on, then the lexicon.
+        train_blocks: the text that is trained on (`num_text_blocks` of them), then the lexicon.
         val_blocks: the held-out text; `base_val_blocks`: the same text by the base model's own tokenizer.
         tokenizer_sha256: of the tokenizer as this stack builds it; two stacks may build it differently and still cut
             the text alike, so that `blocks_sha256` is what a run holds to.
@@ -66,6 +39,7 @@ class Inputs:
     base_tokenizer: Any
     tokenizer_sha256: str
     train_blocks: Blocks
+    num_text_blocks: int
     val_blocks: Blocks
     base_val_blocks: Blocks
     identity: dict[str, Any]
@@ -87,9 +61,9 @@ def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) 
     Raises:
         WakeError: something is missing or of no use.
     """
-    text = read_text(Path(_locate(recipe.data.text, say)))
-    lexicon = read_words(Path(_locate(recipe.tokens.lexicon, say)))
-    base = identify(recipe.model.base, _locate(recipe.model.base, say), commit)
+    text = read_text(Path(locate(recipe.data.text, say)))
+    lexicon = read_words(Path(locate(recipe.tokens.lexicon, say)))
+    base = identify(recipe.model.base, locate(recipe.model.base, say), commit)
     base_tokenizer = load_tokenizer(base)
     words = tokens.add_words(base_tokenizer, lexicon, recipe.tokens.match)
     tokens.check_round_trip(words.tokenizer, text, f"text {recipe.data.text}")
@@ -125,13 +99,14 @@ def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) 
         base_tokenizer=base_tokenizer,
         tokenizer_sha256=tokens.tokenizer_sha256(words.tokenizer),
         train_blocks=train_blocks,
+        num_text_blocks=len(train_text_blocks.ids_KT),
         val_blocks=val_blocks,
         base_val_blocks=cut(split.val_text, base_tokenizer),
         identity=identity,
     )
 
 
-def _locate(value: str, say: Callable[[str], None]) -> str:
+def locate(value: str, say: Callable[[str], None]) -> str:
     """Return what a recipe's value means; `demo:` names a file of the demo, made at first use."""
     if not value.startswith(_DEMO):
         return value
@@ -142,39 +117,6 @@ def _locate(value: str, say: Callable[[str], None]) -> str:
 
 def _sha256(content: str | bytes) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
-
-
-def digest(identity: Mapping[str, Any]) -> str:
-    """Return the hash that every sentry of a run carries."""
-    return _sha256(json.dumps(identity, sort_keys=True, ensure_ascii=False))
-
-
-def read_run(run: RunDir) -> dict[str, Any] | None:
-    """Return run.json, or None where the run does not exist yet.
-
-    Raises:
-        WakeError: it is damaged or of another format.
-    """
-    if not run.identity.exists():
-        return None
-    record = read_json(run.identity)
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("identity"), dict):
-        raise WakeError(f"{run.identity}: not of format {FORMAT}; put back a copy of it, or use another --run")
-    if record.get("identity_sha256") != digest(record["identity"]):
-        raise WakeError(f"{run.identity}: its identity does not match its sha256; put back a copy of it")
-    if record.pop("sha256", None) not in (None, digest(record)):
-        raise WakeError(f"{run.identity}: its content does not match its sha256; put back a copy of it")
-    try:
-        _Record.model_validate(record)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise WakeError(f"{run.identity}: {where}: {problem['msg']}; put back a copy of it") from None
-    return record
-
-
-def _write(run: RunDir, record: Mapping[str, Any]) -> None:
-    write_json(run.identity, {**record, "sha256": digest(record)})
 
 
 def check_recipe(run: RunDir, record: Mapping[str, Any], recipe: Recipe) -> None:
@@ -218,7 +160,7 @@ def begin_record(run: RunDir, inputs: Inputs, stack: StackReport, version: str) 
         "stack": stack.as_dict(),
         "history": [],
     }
-    _write(run, record)
+    write_run(run, record)
     return record
 
 
@@ -234,7 +176,7 @@ def note(run: RunDir, record: dict[str, Any], event: Mapping[str, Any], *, stack
     record["history"].append({"at": _now(), **event})
     if stack is not None:
         record["stack"] = stack
-    _write(run, record)
+    write_run(run, record)
 
 
 def _now() -> str:

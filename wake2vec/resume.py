@@ -21,6 +21,7 @@ from wake2vec.model import WakeModel
 from wake2vec.optimizer import Optimizer, make_optimizer
 from wake2vec.plan import Plan, Work, read_work
 from wake2vec.planner import choose_plan, free_memory, limit_memory, saved_plan
+from wake2vec.reference import ReferenceWriter
 from wake2vec.rows import start_rows
 from wake2vec.rundir import RunDir, sweep
 from wake2vec.sentry_writer import SentryWriter
@@ -99,6 +100,7 @@ class Training:
     work: Work
     metrics: MetricsLog
     writer: SentryWriter
+    reference: ReferenceWriter
     console: Console
     step: int
     window: LossWindow
@@ -195,6 +197,8 @@ def resume(
     )
     if found and plan != saved:
         note_plan(run, record, console.say, step=step, before=found.header["plan"], plan=plan)
+    reference = ReferenceWriter(run, record["identity_sha256"], inputs, frozen)
+    reference.write_base()
     window = LossWindow(**found.header["window"]) if found else LossWindow()
     training = Training(
         run,
@@ -207,6 +211,7 @@ def resume(
         work,
         metrics,
         writer,
+        reference,
         console,
         step=step,
         window=window,

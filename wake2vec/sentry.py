@@ -21,7 +21,7 @@ from wake2vec.rundir import RunDir, write_file
 
 FORMAT = 1
 
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
 _BEFORE_DIGEST = b'{"__metadata__":{"sha256":"'
 _DIGEST_AT = 8 + len(_BEFORE_DIGEST)
 _NO_DIGEST = b"0" * 64

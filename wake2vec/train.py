@@ -27,6 +27,7 @@ from wake2vec.optimizer import clip_scale, grad_norm
 from wake2vec.overlay import to_device
 from wake2vec.plan import estimate
 from wake2vec.planner import leaner_plan
+from wake2vec.reference import WordLosses
 from wake2vec.resume import Console, LossWindow, Options, Pending, Training, note_plan, resume
 from wake2vec.rundir import RunDir, hold, write_json
 from wake2vec.schedule import learning_rate_at
@@ -249,7 +250,8 @@ def _after_step(training: Training, stop: StopSignal) -> None:
 
 def _evaluate(training: Training) -> None:
     """Put the losses on held-out text on record; at the start the base model's too: the number a run must beat."""
-    values = _losses(training, training.model.token_losses, training.inputs.val_blocks)
+    words = WordLosses(training.inputs.num_new_tokens, training.inputs.base_vocab_size)
+    values = _losses(training, training.model.token_losses, training.inputs.val_blocks, words)
     if not math.isfinite(values["val/loss_nats"]):
         raise WakeError(
             f"step {training.step}: loss {values['val/loss_nats']} on the held-out text; the sentry of step "
@@ -258,21 +260,29 @@ def _evaluate(training: Training) -> None:
     if training.step == 0:
         base = _losses(training, training.model.base_token_losses, training.inputs.base_val_blocks)
         values["base/bits_per_char"] = base["val/bits_per_char"]
+    last = training.step == training.recipe.train.max_steps
+    rows_ND = training.model.rows["input"]
+    _within_memory(training, lambda: training.reference.after_evaluation(training.step, words, rows_ND, last=last))
     _record(training, values)
 
 
-def _losses(training: Training, token_losses: TokenLosses, blocks: Blocks) -> dict[str, float]:
-    return _within_memory(
-        training,
-        lambda: evaluate(
+def _losses(
+    training: Training, token_losses: TokenLosses, blocks: Blocks, words: WordLosses | None = None
+) -> dict[str, float]:
+    def scored() -> dict[str, float]:
+        if words is not None:
+            words.clear()  # of a try that ran out of memory
+        return evaluate(
             token_losses,
             blocks,
             first_new_id=training.inputs.base_vocab_size,
             batch_size=training.plan.micro_batch_size,
             device=training.model.base.device,
             ids_device=training.model.ids_device,
-        ),
-    )
+            each=words.add if words is not None else None,
+        )
+
+    return _within_memory(training, scored)
 
 
 def _record(training: Training, values: dict[str, float]) -> None:

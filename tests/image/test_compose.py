@@ -11,7 +11,7 @@ from image.driver import ROOT, STACKS, TF4, TF5
 
 RECIPES = ("qwen14b", "llama1b", "llama3b", "llama8b", "mistral7b", "tinyllama", "phi35", "gemma9b")
 TRAIN = {f"train-{recipe}" for recipe in RECIPES}
-SERVICES = TRAIN | {"fetch", "demo", "test", "doctor", "shell"}
+SERVICES = TRAIN | {"fetch", "demo", "test", "doctor", "report", "shell"}
 WITH_GPU = TRAIN | {"doctor"}
 
 
