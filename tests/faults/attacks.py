@@ -40,9 +40,9 @@ ATTACKS = {
     "NaN and Inf": Attack(not_finite, 1, 10),
     "host memory": Attack(host_memory, 8, 100),
     "surroundings": Attack(surroundings, 1, 5),
-    "what a user types": Attack(fuzz, 3000, 100_000),
+    "what a user types": Attack(fuzz, 1500, 100_000),
     "imports": Attack(imports, 2, 20),
     "prune": Attack(prune, 8, 200),
-    "retention": Attack(retention, 1000, 3000),
+    "retention": Attack(retention, 600, 3000),
     "soak": Attack(soak, 2000, 20_000),
 }
