@@ -129,15 +129,15 @@ def _is_due(training: Training) -> bool:
 
 def _settle(training: Training) -> None:
     """Wait for the steps under way and take their numbers; nothing is saved before this has found them finite."""
-    if not training.pending:
+    steps, training.pending = training.pending, []
+    if not steps:
         return
-    numbers = torch.stack([torch.stack([p.loss, p.norm.to(p.loss)]) for p in training.pending]).tolist()
-    seconds = (time.monotonic() - training.settled_at) / len(training.pending)
-    for pending, (loss, norm) in zip(training.pending, numbers, strict=True):
+    numbers = torch.stack([torch.stack([p.loss, p.norm.to(p.loss)]) for p in steps]).tolist()
+    seconds = (time.monotonic() - training.settled_at) / len(steps)
+    for pending, (loss, norm) in zip(steps, numbers, strict=True):
         _check_finite(training, pending.step, loss, norm)
         training.window.add(loss, seconds)
         _log(training, pending, norm)
-    training.pending.clear()
 
 
 def _update(training: Training, gradient: Gradient, rate: float) -> None:
