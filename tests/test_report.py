@@ -332,3 +332,9 @@ def test_live_page_runs_too(browser: Any, untied: RunDir, tmp_path: Path) -> Non
     assert "Looks for news" in page.locator("#beat").text_content()
     assert page.locator("#explorer").count() == 0
     assert heard == []
+
+
+def test_a_start_of_training_does_not_wait_for_matplotlib() -> None:
+    program = "import sys, wake2vec.report; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -8,7 +8,7 @@ Shapes: N rows of a table, D their length, S rows of one slice, n sampled rows, 
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,6 +81,15 @@ def describe(values_N: Tensor) -> dict[str, float | int]:
         "p50": float(quartiles[1]),
         "p75": float(quartiles[2]),
     }
+
+
+def histogram_edges(values: Sequence[Tensor], bins: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return common edges over all values; of some width also where they are all the same."""
+    low = min(float(v.min()) for v in values)
+    high = max(float(v.max()) for v in values)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    return np.linspace(low, high, bins + 1)
 
 
 def compare_norms(base_N: Tensor, new_N: Tensor) -> dict[str, Any]:

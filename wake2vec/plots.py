@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from wake2vec import analysis
 from wake2vec.metrics import Record
@@ -94,7 +93,7 @@ def six_panels(geometry: Geometry, title: str) -> bytes:
 
 def _norm_panel(axes: Axes, geometry: Geometry) -> None:
     numbers = geometry.numbers["norms"]
-    bins = histogram_edges([geometry.base_norms, geometry.new_norms], 80)
+    bins = analysis.histogram_edges([geometry.base_norms, geometry.new_norms], 80)
     for values, kind, colour in ((geometry.base_norms, "base", BASE), (geometry.new_norms, "new", NEW)):
         label = f"{kind}: {numbers[kind]['mean']:.4g} ± {numbers[kind]['std']:.2g}"
         axes.hist(values.numpy(), bins.tolist(), density=True, color=colour, alpha=0.6, label=label)
@@ -106,7 +105,7 @@ def _norm_panel(axes: Axes, geometry: Geometry) -> None:
 
 
 def _cosine_panel(axes: Axes, geometry: Geometry) -> None:
-    bins = histogram_edges([found.values for found in geometry.cosines.values()], 100)
+    bins = analysis.histogram_edges([found.values for found in geometry.cosines.values()], 100)
     for (pair, found), colour in zip(geometry.cosines.items(), (BASE, NEW, BETWEEN), strict=True):
         label = f"{pair.replace('_', '-')}: {found.mean:.4f}"
         axes.hist(found.values.numpy(), bins.tolist(), density=True, histtype="step", color=colour, label=label, lw=1.5)
@@ -147,7 +146,7 @@ def _drift_panel(pair: Sequence[Axes], geometry: Geometry) -> None:
             axes.text(0.5, 0.5, "no first sentry", ha="center", va="center", transform=axes.transAxes)
             continue
         values = geometry.drift[index]
-        bins = histogram_edges([values], max(10, min(60, len(values) // 10)))
+        bins = analysis.histogram_edges([values], max(10, min(60, len(values) // 10)))
         axes.hist(values.numpy(), bins.tolist(), color=NEW, alpha=0.75)
         axes.axvline(float(values.mean()), color="black", linewidth=1)
         axes.set_title(f"Drift: mean {float(values.mean()):.4g}")
@@ -184,15 +183,6 @@ def _spectrum_panel(axes: Axes, geometry: Geometry) -> None:
     axes.set_ylabel("% of the variance")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
-
-
-def histogram_edges(values: Sequence[Tensor], bins: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return common edges over all values; of some width also where they are all the same."""
-    low = min(float(v.min()) for v in values)
-    high = max(float(v.max()) for v in values)
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    return np.linspace(low, high, bins + 1)
 
 
 def _png(figure: Figure) -> bytes:

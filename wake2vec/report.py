@@ -16,7 +16,7 @@ import jinja2
 import torch
 from torch import Tensor
 
-from wake2vec import plots
+from wake2vec import analysis
 from wake2vec.errors import WakeError
 from wake2vec.metrics import Record, loss_table, read_records
 from wake2vec.record import read_run
@@ -36,6 +36,8 @@ def write(run: RunDir) -> list[Path]:
     Raises:
         WakeError: the run has no whole sentry, or nothing stored to compare it with.
     """
+    from wake2vec import plots  # matplotlib: not before training starts
+
     found = analyse(run)
     summary = summarise(run, found)
     records = read_records(run.metrics)
@@ -254,7 +256,7 @@ def _geometry_charts(name: str, geometry: Geometry) -> list[Chart]:
 def _histogram_chart(id_: str, title: str, unit: str, values: Mapping[str, Tensor]) -> Chart:
     """Return densities over common bins, so that groups of different sizes compare."""
     bins = max(10, min(_HISTOGRAM_BINS, min(len(found) for found in values.values()) // 5))
-    edges = plots.histogram_edges(list(values.values()), bins)
+    edges = analysis.histogram_edges(list(values.values()), bins)
     width = float(edges[1] - edges[0])
     middles = [round(float(edge) + width / 2, 6) for edge in edges[:-1]]
     series = []
