@@ -245,6 +245,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_a_large_table_does_not_come_into_memory(tmp_path: Path) -> None:
     path = tmp_path / "large.safetensors"
     sentry.write(path, {"rows": torch.zeros(100_000, 1024)}, {"format": 1, "step": 0})  # 410 MB

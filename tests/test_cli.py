@@ -214,6 +214,7 @@ def test_a_bug_is_70_with_its_traceback(
     assert "this is a bug" in error
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_command_is_75_and_the_same_command_goes_on(recipe: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "WAKE2VEC_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", COMMAND, "train", str(recipe), "--set", "train.max_steps=100000"]
@@ -260,6 +261,7 @@ def test_sentries_lists_verifies_converts_and_prunes(
     assert "it holds tiny; check the name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_loads_leaves_nothing(
     inputs: Path, tmp_path: Path, in_child: Callable[..., int]
 ) -> None:

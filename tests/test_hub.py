@@ -24,6 +24,7 @@ from tokenizers_tiny import byte_level
 from wake2vec import base, hub, identity
 from wake2vec.errors import WakeError
 
+pytestmark = pytest.mark.slow
 COMMIT = "d" * 40
 WEIGHTS = "model.safetensors"
 PROGRAM = """

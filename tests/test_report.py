@@ -127,6 +127,7 @@ print(len(report.write(RunDir(Path(sys.argv[1])))))
 """
 
 
+@pytest.mark.slow
 def test_report_needs_neither_base_model_nor_transformers(untied: RunDir, tmp_path: Path) -> None:
     run = tmp_path / "moved"
     shutil.copytree(untied.path, run)
@@ -184,10 +185,12 @@ def test_training_keeps_a_light_page_up_to_date(inputs: Path, tmp_path: Path) ->
     class Watched(Quiet):
         def log(self, step: int, values: Any) -> None:
             live(step, values)
+            live.scribe.drain()
             if run.report.exists():
                 pages.append((run.report / "index.html").read_text("utf-8"))
 
     train.train(make_recipe(inputs, KEPT), run, Watched())
+    live.close()
     assert "Running: step 0 of 12" in pages[0]
     assert "Running: step 5 of 12" in "".join(pages)
     assert page_data(pages[0])["reload_s"] > 0

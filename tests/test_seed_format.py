@@ -457,12 +457,12 @@ def test_list_names_the_state_of_every_file(ended: RunDir) -> None:
 def set_keep_last(run: RunDir, keep_last: int) -> None:
     """Make a copied run one whose recipe keeps few sentries, in run.json and in every sentry alike."""
     from wake2vec import identity
-    from wake2vec.rundir import write_json
+    from wake2vec.record import write_run
 
     record = read_json(run.identity)
     record["identity"]["recipe"]["run"]["keep_last"] = keep_last
     record["identity_sha256"] = identity.digest(record["identity"])
-    write_json(run.identity, record)
+    write_run(run, record)
     for path in run.sentries.glob("*.safetensors"):
         found = sentry.read(path)
         sentry.write(path, found.tensors, {**found.header, "identity": record["identity_sha256"]})
@@ -499,6 +499,7 @@ def test_prune_needs_the_run_to_itself(ended: RunDir) -> None:
         keeping.prune(ended)
 
 
+@pytest.mark.slow
 def test_the_earlier_runs_rows_land_on_the_right_words(tmp_path: Path) -> None:
     """43,824 rows from id 152,064 on, Qwen's vocabulary, the real lexicon: the padding gap's words start fresh."""
     (tmp_path / "inputs").mkdir()

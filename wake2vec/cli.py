@@ -106,8 +106,12 @@ def train(
     check_stack()
     options = Options(allow_stack_change=allow_stack_change or None, replan=replan, gpu_memory_bytes=limit_bytes)
     tracked = trackers.Trackers(track or [], run, parsed.model_dump())
-    with tracked, console.TrainConsole([report.LivePage(run), tracked]) as shown:
-        records = train_run(parsed, run, shown, options)
+    live = report.LivePage(run)
+    with tracked, console.TrainConsole([live, tracked]) as shown:
+        try:
+            records = train_run(parsed, run, shown, options)
+        finally:
+            live.close()
         if not report.is_current(run):
             try:
                 shown.say(f"report: {report.write(run)[0]}")

@@ -69,4 +69,5 @@ def read_run(run: RunDir) -> dict[str, Any] | None:
 
 def write_run(run: RunDir, record: Mapping[str, Any]) -> None:
     """Write run.json with a hash of its content."""
-    write_json(run.identity, {**record, "sha256": digest(record)})
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    write_json(run.identity, {**content, "sha256": digest(content)})

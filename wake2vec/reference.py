@@ -11,7 +11,7 @@ Shapes: N new words, V base tokens, D hidden size, n sampled rows, K neighbours,
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ SAMPLE_ROWS = 5000
 NUM_NEIGHBOURS = 5
 _SHARE = 0.02
 """Neighbours are searched between evaluations only if that takes no more than this share of the time."""
+
+
+Put = Callable[[str, Callable[[], None]], None]
 
 
 class WordLosses:
@@ -55,8 +58,12 @@ class WordLosses:
 class ReferenceWriter:
     """Writes the files above for one run."""
 
-    def __init__(self, run: RunDir, identity_sha256: str, inputs: Inputs, base: FrozenBase) -> None:
+    def __init__(
+        self, run: RunDir, identity_sha256: str, inputs: Inputs, base: FrozenBase, put: Put | None = None
+    ) -> None:
+        """Take what is written about; `put` has the files of an evaluation written beside the loop (`Scribe.put`)."""
         self._run, self._identity, self._inputs, self._base = run, identity_sha256, inputs, base
+        self._put = put or (lambda _, write: write())
         self._searched_at, self._search_s = -float("inf"), 0.0
 
     def write_base(self) -> None:
@@ -79,22 +86,28 @@ class ReferenceWriter:
         self._write("base", 0, tensors, {"machine": machine(), "tables": list(tables), "pca_rows": pca_rows})
 
     def after_evaluation(self, step: int, losses: WordLosses, rows_ND: Tensor, *, last: bool) -> None:
-        """Keep the words' losses; and their neighbours, where `last` or long enough after the last search."""
+        """Keep the words' losses; and their neighbours, where `last` or long enough after the last search.
+
+        At the start there are none worth a search: the rows have learned nothing yet.
+        """
         tensors = {"nats": losses.nats_N.float(), "counts": losses.counts_N}
-        self._write("word_losses", step, tensors)
+        self._have_written("word_losses", step, tensors)
         if step == 0:
-            self._write("word_losses_start", step, tensors)
+            self._have_written("word_losses_start", step, tensors)
         started = time.monotonic()
-        if last or _SHARE * (started - self._searched_at) >= self._search_s:
-            self._write("neighbours", step, _neighbours(rows_ND.detach(), self._base.table_VD, self._inputs))
+        if last or (step > 0 and _SHARE * (started - self._searched_at) >= self._search_s):
+            self._have_written("neighbours", step, _neighbours(rows_ND.detach(), self._base.table_VD, self._inputs))
             self._searched_at = time.monotonic()
             self._search_s = self._searched_at - started
+
+    def _have_written(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+        self._put(f"reference/{name}", lambda: self._write(name, step, tensors))
 
     def _write(
         self, name: str, step: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None
     ) -> None:
-        fixed = {"format": sentry.FORMAT, "step": step, "identity": self._identity}
-        sentry.write(self._run.reference / f"{name}.safetensors", tensors, {**fixed, **(header or {})})
+        whole = {"format": sentry.FORMAT, "step": step, "identity": self._identity, **(header or {})}
+        sentry.write(self._run.reference / f"{name}.safetensors", tensors, whole)
 
 
 def num_pca_rows(num_new: int, num_base: int, dim: int) -> int:

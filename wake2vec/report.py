@@ -21,6 +21,7 @@ from wake2vec.errors import WakeError
 from wake2vec.metrics import Record, loss_table, read_records
 from wake2vec.record import read_run
 from wake2vec.rundir import RunDir, make_folder, read_json, sweep, write_file, write_json
+from wake2vec.scribe import Scribe
 from wake2vec.summary import Analysis, Geometry, Words, analyse, loss_numbers, summarise
 
 _RELOAD_S = 20
@@ -58,24 +59,41 @@ def write(run: RunDir) -> list[Path]:
     return [folder / name for name in ("index.html", "summary.json", "loss_table.md", *pictures)]
 
 
-def write_light(run: RunDir) -> Path:
-    """Write the page with what metrics and run.json hold; statistics and words come with the whole report."""
+def write_light(run: RunDir, newest: Sequence[Record] = ()) -> Path:
+    """Write the page with what metrics and run.json hold; statistics and words come with the whole report.
+
+    Args:
+        newest: lines that may not be on the disk yet.
+    """
     path = _folder(run) / "index.html"
-    write_file(path, [render(run, read_records(run.metrics)).encode()], durable=False)
+    records = read_records(run.metrics)
+    records += [record for record in newest if record not in records]
+    write_file(path, [render(run, records).encode()], durable=False)
     return path
 
 
 class LivePage:
-    """Writes the light page after every evaluation; training goes on where that fails."""
+    """Writes the light page after every evaluation, beside the loop; training goes on where that fails."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
+        self._seen: list[Record] = []  # the lines themselves may not be on the disk yet
+        self.scribe = Scribe(lambda _: None)  # a full disk: the next sentry says so
 
-    def __call__(self, _step: int, values: Mapping[str, float]) -> None:
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Take a line of the metrics log."""
+        self._seen.append({"step": step, **values})
         if "val/loss_nats" in values:
-            with contextlib.suppress(OSError, WakeError):  # a full disk: the next sentry says so
-                write_light(self._run)
+            seen = list(self._seen)
+            self.scribe.put("index.html", lambda: self._write(seen))
+
+    def close(self) -> None:
+        """Finish writing."""
+        self.scribe.close()
+
+    def _write(self, seen: list[Record]) -> None:
+        with contextlib.suppress(WakeError):
+            write_light(self._run, seen)
 
 
 def is_current(run: RunDir) -> bool:

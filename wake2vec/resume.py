@@ -197,7 +197,7 @@ def resume(
     )
     if found and plan != saved:
         note_plan(run, record, console.say, step=step, before=found.header["plan"], plan=plan)
-    reference = ReferenceWriter(run, record["identity_sha256"], inputs, frozen)
+    reference = ReferenceWriter(run, record["identity_sha256"], inputs, frozen, metrics.scribe.put)
     reference.write_base()
     window = LossWindow(**found.header["window"]) if found else LossWindow()
     training = Training(

@@ -15,6 +15,7 @@ class Scribe:
         self._waiting: dict[str, Callable[[], None]] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._busy = False
         self._failing: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="scribe", daemon=True)
         self._thread.start()
@@ -23,23 +24,30 @@ class Scribe:
         """Have something written, in place of what waits under the same name."""
         with self._changed:
             self._waiting[name] = write
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until everything that was put is written or has failed."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and not self._busy)
 
     def close(self) -> None:
         """Finish what waits and end."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     def _work(self) -> None:
         while True:
             with self._changed:
+                self._busy = False
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return
                 name = next(iter(self._waiting))
-                write = self._waiting.pop(name)
+                write, self._busy = self._waiting.pop(name), True
             self._carry_out(name, write)
 
     def _carry_out(self, name: str, write: Callable[[], None]) -> None:
