@@ -383,7 +383,7 @@ def qwen_plans(num_steps: int, names: tuple[str, ...], *, with_earlier: bool, wi
         if not card.startswith(names):
             continue
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-        plan = choose_plan(of, min(limit, total), on_gpu=True, exact=False)
+        plan = choose_plan(of, min(limit, total), on_gpu=True, fused=True)
         if plan.table_on_host and frozen.table_VD.is_cuda:
             frozen = base.with_table_on_host(frozen)
         plan = replace(plan, table_on_host=not frozen.table_VD.is_cuda)
@@ -401,7 +401,7 @@ def other_recipes(num_steps: int) -> None:
         work, recipe = work_of(name, make_config(), vocab_size, new, [])
         frozen = base.freeze(build(make_config()), vocab_size, name)
         for card, limit in (("80 GB", int(0.97 * total)), ("15 GiB", 15 * GIB)):
-            plan = choose_plan(work, limit, on_gpu=True, exact=False)
+            plan = choose_plan(work, limit, on_gpu=True, fused=True)
             if plan.table_on_host:
                 frozen = base.with_table_on_host(frozen)
             ours(frozen, work, recipe, plan, num_steps, what=name, card=card)

@@ -2,13 +2,15 @@
 
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import make_recipe
 from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
-from wake2vec import planner
+from wake2vec import planner, resume
 from wake2vec.config import parse_size
 from wake2vec.errors import WakeError
 from wake2vec.plan import Plan, Work, estimate, read_work
@@ -92,7 +94,7 @@ def test_adamw_takes_two_values_more_a_row(qwen14b: Work) -> None:
 
 
 def test_more_memory_never_makes_a_slower_plan(qwen14b: Work) -> None:
-    found = [choose_plan(qwen14b, int(gib * GIB), on_gpu=True, exact=False) for gib in (11.5, 12, 15, 24, 40, 80)]
+    found = [choose_plan(qwen14b, int(gib * GIB), on_gpu=True, fused=True) for gib in (11.5, 12, 15, 24, 40, 80)]
     costs = [planner._cost(plan, qwen14b) for plan in found]
     assert all(a >= b for a, b in pairwise(costs))
     assert costs[0] > costs[-1]
@@ -101,38 +103,53 @@ def test_more_memory_never_makes_a_slower_plan(qwen14b: Work) -> None:
 
 
 def test_large_card_keeps_everything_and_a_small_one_moves_it_out(qwen14b: Work) -> None:
-    large = choose_plan(qwen14b, 79 * GIB, on_gpu=True, exact=False)
+    large = choose_plan(qwen14b, 79 * GIB, on_gpu=True, fused=True)
     assert (large.micro_batch_size, large.activations, large.kept_layers) == (16, "kept", 48)
-    small = choose_plan(qwen14b, 15 * GIB, on_gpu=True, exact=False)
+    small = choose_plan(qwen14b, 15 * GIB, on_gpu=True, fused=True)
     assert (small.micro_batch_size, small.activations != "kept", small.table_on_host) == (16, True, True)
 
 
 def test_where_nothing_fits_the_leanest_is_tried(qwen14b: Work) -> None:
     assert make_plan(qwen14b, 5 * GIB, fused=True, host_is_apart=True) is None
-    assert choose_plan(qwen14b, 5 * GIB, on_gpu=True, exact=False) == leanest(qwen14b, fused=True, host_is_apart=True)
+    assert choose_plan(qwen14b, 5 * GIB, on_gpu=True, fused=True) == leanest(qwen14b, fused=True, host_is_apart=True)
 
 
 def test_on_a_cpu_nothing_is_moved_to_the_host(qwen14b: Work) -> None:
     for gib in (5, 15, 20, 80):
-        plan = choose_plan(qwen14b, gib * GIB, on_gpu=False, exact=False)
+        plan = choose_plan(qwen14b, gib * GIB, on_gpu=False, fused=False)
         assert (plan.table_on_host, plan.fused, plan.activations != "offloaded") == (False, False, True)
 
 
-def test_exact_runs_use_plain_kernels(qwen14b: Work) -> None:
-    assert not choose_plan(qwen14b, 40 * GIB, on_gpu=True, exact=True).fused
-    assert choose_plan(qwen14b, 40 * GIB, on_gpu=True, exact=False).fused
+@pytest.mark.parametrize(
+    ("device", "exact", "compiler", "fuses"),
+    [
+        ("cuda:0", False, "gcc", True),
+        ("cuda:0", True, "gcc", False),
+        ("cuda:0", False, None, False),
+        ("cpu", False, "gcc", False),
+    ],
+)
+def test_fused_kernels_need_a_gpu_a_compiler_and_no_exactness(
+    device: str, exact: bool, compiler: str | None, fuses: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(resume.shutil, "which", lambda name: name if name == compiler else None)
+    said: list[str] = []
+    recipe = make_recipe(tmp_path, {"train": {"exact": exact}})
+    assert resume._fuses(recipe, torch.device(device), said.append) == fuses
+    assert bool(said) == (compiler is None)
 
 
 def test_run_s_own_plan_is_kept_while_it_fits(qwen14b: Work) -> None:
     saved = Plan(8, "recomputed", 256, fused=True)
-    assert choose_plan(qwen14b, 40 * GIB, on_gpu=True, exact=False, saved=saved) == saved
-    assert choose_plan(qwen14b, 12 * GIB, on_gpu=True, exact=False, saved=saved) != saved
-    assert choose_plan(qwen14b, 40 * GIB, on_gpu=True, exact=True, saved=saved) != saved
-    assert choose_plan(qwen14b, 40 * GIB, on_gpu=False, exact=False, saved=saved) != saved
+    assert choose_plan(qwen14b, 40 * GIB, on_gpu=True, fused=True, saved=saved) == saved
+    assert choose_plan(qwen14b, 12 * GIB, on_gpu=True, fused=True, saved=saved) != saved
+    assert choose_plan(qwen14b, 40 * GIB, on_gpu=True, fused=False, saved=saved) != saved
+    assert choose_plan(qwen14b, 40 * GIB, on_gpu=False, fused=False, saved=saved) != saved
 
 
 def test_stepping_down_ends(qwen14b: Work) -> None:
-    plan = choose_plan(qwen14b, 79 * GIB, on_gpu=True, exact=False)
+    plan = choose_plan(qwen14b, 79 * GIB, on_gpu=True, fused=True)
     plan = dataclasses.replace(plan, table_on_host=True)
     peaks = []
     while plan is not None:

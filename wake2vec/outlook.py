@@ -30,7 +30,7 @@ def outlook(recipe: Recipe, limit_bytes: int | None, say: Callable[[str], None])
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda" or limit_bytes is not None
     limit = free_memory(device) if limit_bytes is None else limit_bytes
-    plan = choose_plan(work, limit, on_gpu=on_gpu, exact=recipe.train.exact)
+    plan = choose_plan(work, limit, on_gpu=on_gpu, fused=on_gpu and not recipe.train.exact)
     sizes = estimate(plan, work)
     return {
         "base": inputs.base.name,

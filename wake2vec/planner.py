@@ -110,12 +110,14 @@ def saved_plan(header: Mapping[str, Any]) -> Plan | None:
         return None
 
 
-def choose_plan(work: Work, limit_bytes: int, *, on_gpu: bool, exact: bool, saved: Plan | None = None) -> Plan:
+def choose_plan(work: Work, limit_bytes: int, *, on_gpu: bool, fused: bool, saved: Plan | None = None) -> Plan:
     """Return the run's own plan where it can be followed, otherwise the fastest that fits.
 
     Where none fits by the estimate it is the one that takes least: the trial before the first step will tell.
+
+    Args:
+        fused: whether fused kernels may be used: on a GPU, where there is a C compiler, and not for an exact run.
     """
-    fused = on_gpu and not exact
     if saved is not None and _possible(saved, work, limit_bytes, fused=fused, on_gpu=on_gpu):
         return saved
     plan = make_plan(work, limit_bytes, fused=fused, host_is_apart=on_gpu)

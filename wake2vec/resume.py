@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -166,7 +167,7 @@ def resume(
         work,
         free_memory(device),
         on_gpu=device.type == "cuda",
-        exact=recipe.train.exact,
+        fused=_fuses(recipe, device, console.say),
         saved=None if options.replan else saved,
     )
     frozen = _load_base(recipe, inputs, device, plan, console.say)
@@ -228,6 +229,16 @@ def _device(recipe: Recipe, options: Options) -> torch.device:
     if options.gpu_memory_bytes is not None and device.type == "cuda":
         limit_memory(device, options.gpu_memory_bytes)
     return device
+
+
+def _fuses(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> bool:
+    """Say whether a run uses fused kernels, which Triton compiles a launcher for in C."""
+    if device.type != "cuda" or recipe.train.exact:
+        return False
+    compiler = next(filter(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang")), None)
+    if compiler is None:
+        say("no C compiler is there, so fused kernels are not used; install gcc and use --replan for a faster run")
+    return compiler is not None
 
 
 def _newest(run: RunDir, record: Mapping[str, Any], work: Work, say: Callable[[str], None]) -> sentry.Sentry | None:
