@@ -150,7 +150,7 @@ def read_work(
         copies_qkv=hasattr(attention, "qkv_proj"),
         eager_attention=config.model_type in EAGER_ATTENTION,
         softcap=getattr(config, "final_logit_softcapping", None) is not None,
-        tied=head is table,
+        tied=head is table or bool(config.tie_word_embeddings),  # transformers 5 ties nothing without weights
         packed=packed,
         element_bytes=element_bytes,
         body_bytes=linear_bytes + other_params * element_bytes,
