@@ -83,7 +83,8 @@ class ReferenceWriter:
         pca_rows = num_pca_rows(inputs.num_new_tokens, *base.table_VD.shape)
         for name, table_VD in tables.items():
             tensors |= {f"{name}/{key}": tensor for key, tensor in _base_statistics(table_VD, pca_rows).items()}
-        self._write("base", 0, tensors, {"machine": machine(), "tables": list(tables), "pca_rows": pca_rows})
+        header = {"machine": machine(), "tables": list(tables), "pca_rows": pca_rows}
+        self._have_written("base", 0, tensors, header)
 
     def after_evaluation(self, step: int, losses: WordLosses, rows_ND: Tensor, *, last: bool) -> None:
         """Keep the words' losses; and their neighbours, where `last` or long enough after the last search.
@@ -100,8 +101,10 @@ class ReferenceWriter:
             self._searched_at = time.monotonic()
             self._search_s = self._searched_at - started
 
-    def _have_written(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
-        self._put(f"reference/{name}", lambda: self._write(name, step, tensors))
+    def _have_written(
+        self, name: str, step: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None
+    ) -> None:
+        self._put(f"reference/{name}", lambda: self._write(name, step, tensors, header))
 
     def _write(
         self, name: str, step: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None
