@@ -49,6 +49,7 @@ from wake2vec.data import Blocks, Split, batch_indices, make_blocks, read_text, 
 from wake2vec.evaluate import evaluate
 from wake2vec.model import WakeModel
 from wake2vec.optimizer import clip_scale, grad_norm, make_optimizer
+from wake2vec.plan import Plan
 from wake2vec.rows import start_rows
 from wake2vec.schedule import learning_rate_at
 
@@ -59,7 +60,7 @@ MAX_GRAD_NORM = TrainSection.model_fields["max_grad_norm"].default
 RATE = TrainSection.model_fields["learning_rate"].default
 START_RADIUS = TokensSection.model_fields["start_radius"].default
 SPLIT_SEED, VAL_FRACTION = 42, 0.1
-CHUNK_TOKENS = 2048
+PLAN = Plan(BATCH_SIZE, "kept", chunk_tokens=2048)
 WORD = re.compile(r"(?<![\w'-])[a-z]{3,}(?![\w'-])")
 # Not in every distribution's Python, or no English.
 LEFT_OUT = {"antigravity", "distutils", "ensurepip", "idlelib", "lib2to3", "test", "this", "tkinter", "turtledemo"}
@@ -213,9 +214,7 @@ def make_model(way: Way, frozen: base.FrozenBase, pieces: list[list[int]], seed:
     shared = way.head_rows == "shared" or (frozen.tied and way.head_rows == "own")
     tables = {"input": frozen.table_VD} if shared else {"input": frozen.table_VD, "head": head_VD}
     rows = start_rows(way.start, tables, pieces, start_radius=way.start_radius, seed=seed)
-    return WakeModel(
-        replace(frozen, head_VD=head_VD, tied=shared), rows, chunk_tokens=CHUNK_TOKENS, checkpointing=False
-    )
+    return WakeModel(replace(frozen, head_VD=head_VD, tied=shared), rows, PLAN)
 
 
 def train_rows(model: WakeModel, way: Way, blocks: Blocks, num_steps: int, seed: int) -> None:
@@ -241,7 +240,12 @@ def try_way(way: Way, material: Material, frozen: base.FrozenBase, num_steps: in
     model = make_model(way, frozen, pieces, seed)
     train_rows(model, way, train_blocks, num_steps, seed)
     losses = evaluate(
-        model.token_losses, val_blocks, first_new_id=added.first_new_id, batch_size=64, device=frozen.device
+        model.token_losses,
+        val_blocks,
+        first_new_id=added.first_new_id,
+        batch_size=64,
+        device=frozen.device,
+        ids_device=frozen.device,
     )
     return {
         "way": way.name,
@@ -260,9 +264,16 @@ def score_base(material: Material, frozen: base.FrozenBase) -> dict[str, Any]:
     """Score the base model without new words: the number to beat."""
     _, val_blocks = material.blocks(material.tokenizer)
     rows = {"input": frozen.table_VD[:1]} if frozen.tied else {"input": frozen.table_VD[:1], "head": frozen.head_VD[:1]}
-    model = WakeModel(frozen, rows, chunk_tokens=CHUNK_TOKENS, checkpointing=False)
+    model = WakeModel(frozen, rows, PLAN)
     vocab_size = len(material.tokenizer)
-    losses = evaluate(model.base_token_losses, val_blocks, first_new_id=vocab_size, batch_size=64, device=frozen.device)
+    losses = evaluate(
+        model.base_token_losses,
+        val_blocks,
+        first_new_id=vocab_size,
+        batch_size=64,
+        device=frozen.device,
+        ids_device=frozen.device,
+    )
     return {"way": BASE, **losses, "uniform_nats": math.log(vocab_size)}
 
 
