@@ -67,8 +67,7 @@ def leanest(work: Work, *, fused: bool, host_is_apart: bool, like: Plan | None =
 def _candidates(work: Work, *, fused: bool, host_is_apart: bool, like: Plan | None) -> Iterator[Plan]:
     sizes = [size for size in range(work.batch_size, 0, -1) if work.batch_size % size == 0]
     activations = ACTIVATIONS if host_is_apart else ACTIVATIONS[:2]
-    tables = [False, True] if host_is_apart and not work.tied else [False]
-    tables = tables if like is None else [like.table_on_host]
+    tables = [like.table_on_host] if like else [False, True] if host_is_apart and not work.tied else [False]
     buffers = [False, True] if host_is_apart and work.packed else [False]
     for size, where, table, buffer in itertools.product(sizes, activations, tables, buffers):
         tokens = size * work.seq_len
