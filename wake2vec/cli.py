@@ -262,10 +262,11 @@ def write_export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the rows, or the whole model, in a form that other tools load; checked before it gets its name."""
-    if kind not in ("rows", "model"):
-        raise WakeError(f"--format {kind}: no such format; use rows or model")
     run = rundir.find_run(runs, name)
     from wake2vec import export
+
+    if kind not in export.FORMATS:
+        raise WakeError(f"--format {kind}: no such format; use {' or '.join(export.FORMATS)}")
 
     def say(message: str) -> None:
         typer.echo(message, err=True)

@@ -82,14 +82,6 @@ def _is_closed_client(error: RuntimeError) -> bool:
     return "client has been closed" in str(error)
 
 
-def _connect_error() -> type[Exception]:
-    """Return what the HTTP client of huggingface_hub 1 raises where nobody answers; that of 0.36 a ConnectionError."""
-    if importlib.util.find_spec("httpx") is None:
-        return ConnectionError
-    error: type[Exception] = importlib.import_module("httpx").TransportError
-    return error
-
-
 def resolve_commit(name: str, commit: str | None) -> str:
     """Return the commit that a hub id means now, or the given one if it is there; offline, what the cache holds."""
     from huggingface_hub import hf_hub_download

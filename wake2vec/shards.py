@@ -38,11 +38,6 @@ def copied(table: StoredTable) -> NewTensor:
     return NewTensor(table.dtype, table.shape, lambda: bytes_of(table))
 
 
-def rows_as(table: StoredTable, dtype: str) -> NewTensor:
-    """Return a matrix in another type."""
-    return NewTensor(dtype, table.shape, lambda: (raw(rows.to(DTYPES[dtype])) for rows in _slices(table)))
-
-
 def extended(table: StoredTable, num_base: int, rows: StoredTable, num_rows: int) -> NewTensor:
     """Return a table's first `num_base` rows, the new rows in its type, and padding rows up to `num_rows`.
 
@@ -65,10 +60,9 @@ def extended(table: StoredTable, num_base: int, rows: StoredTable, num_rows: int
     return NewTensor(table.dtype, (num_rows, table.shape[1]), pieces)
 
 
-def _slices(table: StoredTable, count: int | None = None) -> Iterator[Tensor]:
-    end = table.shape[0] if count is None else count
-    for start in range(0, end, _SLICE_ROWS):
-        yield table[start : min(start + _SLICE_ROWS, end)]
+def _slices(table: StoredTable, count: int) -> Iterator[Tensor]:
+    for start in range(0, count, _SLICE_ROWS):
+        yield table[start : min(start + _SLICE_ROWS, count)]
 
 
 def raw(tensor: Tensor) -> bytes:
