@@ -114,7 +114,10 @@ def read_source(run: RunDir, say: Say) -> Source:
     record = identity.read_run(run)
     assert record is not None
     fixed = record["identity"]
-    step, path = _newest(run, record)
+    newest = next(sentry.whole(run, record["identity_sha256"]), None)
+    if newest is None:
+        raise WakeError(f"run {run.name}: no whole sentry in {run.sentries}; continue the run with `wake2vec train`")
+    step, path = newest
     name = fixed["base"]["name"]
     found = base.identify(name, identity.locate(name, say), fixed["base"]["commit"])
     folder = Path(found.source) if found.revision is None else hub.download(found.name, found.commit, say)
@@ -124,21 +127,7 @@ def read_source(run: RunDir, say: Say) -> Source:
             f"run {run.name}: its new ids are {fixed['base_vocab_size']} and {fixed['num_new_tokens']} on, this base's "
             f"are {words.first_new_id} and {len(words.words)} on; put back the base model of the run"
         )
-    tables = open_tables(path)
-    rows = {name: tables[f"rows/{name}"] for name in ("input", "head") if f"rows/{name}" in tables}
-    return Source(run, record, step, found, folder, words, rows, _table_names(found))
-
-
-def _newest(run: RunDir, record: dict[str, Any]) -> tuple[int, Path]:
-    for path, header, _ in sentry.listing(run):
-        if header is None or header.get("identity") != record["identity_sha256"]:
-            continue
-        try:
-            sentry.verify(path)
-        except sentry.DamagedError:
-            continue
-        return header["step"], path
-    raise WakeError(f"run {run.name}: no whole sentry in {run.sentries}; continue the run with `wake2vec train`")
+    return Source(run, record, step, found, folder, words, sentry.row_tables(path), _table_names(found))
 
 
 def _words(run: RunDir) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wake2vec.errors import WakeError
 from wake2vec.rundir import RunDir, write_file
+from wake2vec.tables import StoredTable, open_tables
 
 FORMAT = 1
 
@@ -167,6 +168,24 @@ def listing(run: RunDir) -> Iterator[tuple[Path, dict[str, Any] | None, str]]:
     for path, header in readable:
         yield path, header, ""
     yield from unreadable
+
+
+def whole(run: RunDir, identity: str) -> Iterator[tuple[int, Path]]:
+    """Yield step and path of every sentry of this run that reads back against its hash, newest first."""
+    for path, header, _ in listing(run):
+        if header is None or header.get("identity") != identity:
+            continue
+        try:
+            verify(path)
+        except DamagedError:
+            continue
+        yield header["step"], path
+
+
+def row_tables(path: Path) -> dict[str, StoredTable]:
+    """Return the rows in a sentry or snapshot, "input" and, where the model is untied, "head"; none is read yet."""
+    tables = open_tables(path)
+    return {name: tables[f"rows/{name}"] for name in ("input", "head") if f"rows/{name}" in tables}
 
 
 def newest(

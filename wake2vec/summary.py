@@ -3,7 +3,7 @@
 Shapes: N new words, V base tokens, D hidden size, n sampled rows.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from wake2vec.errors import WakeError
 from wake2vec.metrics import Record, read_records
 from wake2vec.record import read_run
 from wake2vec.rundir import RunDir
-from wake2vec.tables import StoredTable, decode_json, open_tables
+from wake2vec.tables import StoredTable, decode_json
 
 FORMAT = 1
 ISOTROPY_ROWS = 5000
@@ -81,12 +81,12 @@ def analyse(run: RunDir) -> Analysis:
             f"run {run.name}: reference/base.safetensors is not there or damaged; continue the run with "
             "`wake2vec train`, which writes it at its start"
         )
-    sentries = dict(_whole_sentries(run, record))
+    sentries = dict(sentry.whole(run, record["identity_sha256"]))
     if not sentries:
         raise WakeError(f"run {run.name}: no whole sentry in {run.sentries}; continue the run with `wake2vec train`")
     newest = max(sentries)
-    now = _rows(sentries[newest])
-    start = _rows(sentries[0]) if 0 in sentries and newest > 0 else {}
+    now = sentry.row_tables(sentries[newest])
+    start = sentry.row_tables(sentries[0]) if 0 in sentries and newest > 0 else {}
     dim, num_new = now["input"].shape[1], now["input"].shape[0]
     even = min(ISOTROPY_ROWS, num_new, len(base.tensors["input/sample"]))
     baseline = analysis.isotropy_baseline(even, dim, seed=0)
@@ -110,23 +110,6 @@ def _read_reference(run: RunDir, record: Mapping[str, Any], name: str) -> sentry
     except sentry.DamagedError:
         return None
     return found if found.header.get("identity") == record["identity_sha256"] else None
-
-
-def _whole_sentries(run: RunDir, record: Mapping[str, Any]) -> Iterator[tuple[int, Path]]:
-    """Yield step and path of every sentry of this run that reads back against its hash."""
-    for path, header, _ in sentry.listing(run):
-        if header is None or header.get("identity") != record["identity_sha256"]:
-            continue
-        try:
-            sentry.verify(path)
-        except sentry.DamagedError:
-            continue
-        yield header["step"], path
-
-
-def _rows(path: Path) -> dict[str, StoredTable]:
-    tables = open_tables(path)
-    return {name: tables[f"rows/{name}"] for name in ("input", "head") if f"rows/{name}" in tables}
 
 
 def _geometry(
@@ -200,12 +183,12 @@ def _drift_over_time(
     if 0 not in sentries:
         return {}
     files = {**_snapshots(run, record), **sentries}
-    first = _rows(sentries[0])
+    first = sentry.row_tables(sentries[0])
     ids = analysis.sample_ids(first["input"].shape[0], DRIFT_ROWS, 0, "drift")
     begin = {name: table.take(ids) for name, table in first.items()}
     curves: dict[str, list[dict[str, Any]]] = {name: [] for name in first}
     for step in sorted(files):
-        tables = _rows(files[step])
+        tables = sentry.row_tables(files[step])
         for name, table in first.items():
             cosine, l2 = analysis.drift(begin[name], tables[name].take(ids).float())
             curves[name].append(
