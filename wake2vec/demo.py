@@ -9,11 +9,9 @@ Shapes: B batch, T tokens, K tokens of the pretraining text, V rows of the base 
 
 import collections
 import contextlib
-import fcntl
 import hashlib
 import math
 import re
-import shutil
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +34,7 @@ from torch.nn import functional
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from wake2vec.errors import WakeError
-from wake2vec.rundir import make_folder, sync_folder, write_file, write_json
+from wake2vec.rundir import alone, built, make_folder, write_file, write_json
 
 _FILES = ("text.txt", "lexicon.txt", "base/config.json", "base/model.safetensors", "base/tokenizer.json")
 _TEXT_SHARE = 0.4
@@ -91,7 +89,7 @@ def prepare(folder: Path, say: Callable[[str], None] = _say_nothing, pretraining
         if _is_prepared(folder):
             return
         make_folder(folder.parent)
-        with _alone(folder, say):
+        with alone(folder, lambda: say("demo: another process is making the base model; waiting for it")):
             if not _is_prepared(folder):
                 _make(folder, say, pretraining)
     except OSError as error:
@@ -106,32 +104,13 @@ def _is_prepared(folder: Path) -> bool:
     return not missing
 
 
-@contextlib.contextmanager
-def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other process makes this folder; the kernel lets go of a killed one's lock."""
-    with open(folder.with_name(f"{folder.name}.lock"), "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("demo: another process is making the base model; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _make(folder: Path, say: Callable[[str], None], pretraining: Pretraining) -> None:
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # a killed process leaves one behind
-    try:
-        (building / "base").mkdir(parents=True)
+    with built(folder) as building:
+        (building / "base").mkdir()
         base_text, text, words = make_texts()
         write_file(building / "text.txt", [text.encode()])
         write_file(building / "lexicon.txt", ["".join(f"{word}\n" for word in words).encode()])
         write_base(building / "base", base_text, pretraining, say)
-        sync_folder(building)
-        building.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def make_texts() -> tuple[str, str, list[str]]:

@@ -8,9 +8,7 @@ compared with the trainer's.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from torch import Tensor
 from wake2vec import __version__, base, card, hub, identity, sentry, shards, tokens
 from wake2vec.errors import WakeError
 from wake2vec.loss import logits
-from wake2vec.rundir import RunDir, make_folder, sync_folder, write_file, write_json
+from wake2vec.rundir import RunDir, built, make_folder, write_file, write_json
 from wake2vec.tables import StoredTable, bytes_of, decode_json, open_tables
 
 FORMATS = ("rows", "model")
@@ -72,7 +70,10 @@ def export(run: RunDir, kind: str, out: Path | None, say: Say) -> Path:
     """
     source = read_source(run, say)
     target = out or run.export / kind
-    with _built_aside(target) as folder:
+    if target.exists() and not (target / "README.md").exists() and any(target.iterdir()):
+        raise WakeError(f"export {target}: holds other files; name another folder with --out")
+    make_folder(target.parent)
+    with built(target, replace=True) as folder:
         tokens.save(source.words.tokenizer, folder)
         digests = _write_rows(source, folder) if kind == "rows" else _write_model(source, folder, say)
         write_file(folder / "README.md", [card.text(kind, source.record, source.step, __version__).encode()])
@@ -83,26 +84,6 @@ def export(run: RunDir, kind: str, out: Path | None, say: Say) -> Path:
         else:
             say("too large to compare logits here: every tensor was read back against its hash")
     return target
-
-
-@contextmanager
-def _built_aside(target: Path) -> Iterator[Path]:
-    """Build a folder beside its name; it is complete or absent, and replaces what an earlier export left."""
-    if target.exists() and not (target / "README.md").exists() and any(target.iterdir()):
-        raise WakeError(f"export {target}: holds other files; name another folder with --out")
-    make_folder(target.parent)
-    building = target.with_name(f".{target.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    try:
-        yield building
-        sync_folder(building)
-        if target.exists():
-            shutil.rmtree(target)
-        building.rename(target)
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def read_source(run: RunDir, say: Say) -> Source:

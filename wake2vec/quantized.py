@@ -11,8 +11,6 @@ It is a folder in Hugging Face format, which every transformers loads to the sam
 numbers, and it may round otherwise on another kind of device or in another version: those are part of the name.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -30,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wake2vec.errors import WakeError
-from wake2vec.rundir import cache_folder, make_folder, read_json, sync_folder, write_file, write_json
+from wake2vec.rundir import alone, built, cache_folder, make_folder, read_json, write_file, write_json
 from wake2vec.sentry import DamagedError
 
 FORMAT = 1
@@ -180,8 +178,8 @@ def keep(source: Source, causal_lm: Any, config_file: Path, say: Callable[[str],
                 "kept: the next start quantises again; free space, or set WAKE2VEC_CACHE to another disk"
             )
             return
-        with _alone(folder) as alone:
-            if alone and not folder.exists():
+        with alone(folder) as is_alone:
+            if is_alone and not folder.exists():
                 _write(source, tensors, config_file)
                 say(f"kept the quantised body for the next start: {folder}, {size / 1e9:.1f} GB, may be deleted")
     except (OSError, SafetensorError) as error:
@@ -206,25 +204,9 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Say whether no other process is keeping this body; the kernel lets go of a killed one's lock."""
-    with open(folder.with_name(f"{folder.name}.lock"), "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 def _write(source: Source, tensors: Mapping[str, Tensor], config_file: Path) -> None:
-    """Write a body beside its name, every file durable, and rename the folder."""
-    folder = source.folder
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # a killed process leaves one behind
-    try:
-        building.mkdir()
+    """Write a body, every file durable."""
+    with built(source.folder) as building:
         shards: dict[str, list[str]] = {}
         for number, names in enumerate(_shards(tensors), 1):
             file = f"model-{number:05d}.safetensors"
@@ -242,10 +224,6 @@ def _write(source: Source, tensors: Mapping[str, Tensor], config_file: Path) -> 
         paths = sorted(building.iterdir())
         hashes = dict(zip((path.name for path in paths), hash_files(paths), strict=True))
         write_json(building / _MANIFEST, {"source": asdict(source), "files": hashes})
-        building.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:

@@ -1,12 +1,13 @@
-"""A run's folder: where its files lie, how one is written so that it is complete or absent, and who holds it."""
+"""A run's folder: where its files lie, and who holds it; files and folders that are complete or absent."""
 
 import contextlib
 import fcntl
 import json
 import os
 import re
+import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,46 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, wait: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold the lock beside a folder that is to be made; the kernel lets go of a killed process's.
+
+    Args:
+        wait: is called before another process that holds it is waited for; without `wait`, False is given at once.
+    """
+    with open(folder.with_name(f"{folder.name}.lock"), "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait is None:
+                yield False
+                return
+            wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield True
+
+
+@contextlib.contextmanager
+def built(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Build a folder that is complete or absent: beside its name, renamed and made durable at the end.
+
+    Args:
+        replace: remove what has the name before.
+    """
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # a killed process leaves one behind
+    building.mkdir()
+    try:
+        yield building
+        sync_folder(building)
+        if replace and folder.exists():
+            shutil.rmtree(folder)
+        building.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool = True) -> None:
