@@ -30,6 +30,11 @@ _LEAST_TOKENS = 16
 EAGER_ATTENTION = {"gemma2"}  # its attention scores are soft-capped, which the sdpa kernels ignore
 
 
+def default_device() -> torch.device:
+    """Return the first GPU, by its index, as torch's limits on memory want it; where there is none, the CPU."""
+    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class BaseId:
     """Which base model: where it is loaded from, and the commit or content hash that fixes it."""

@@ -223,7 +223,7 @@ def _check_logits(source: Source, folder: Path, kind: str) -> str:
     """Compare the export's logits with the trainer's, under the run's own quantisation and type."""
     recipe = source.record["identity"]["recipe"]["model"]
     options: dict[str, Any] = {"quantization": recipe["quantization"], "compute_dtype": recipe["compute_dtype"]}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = base.default_device()
     ids_BT = torch.linspace(0, source.vocab_size - 1, _CHECKED_TOKENS, device=device).long().unsqueeze(0)
     expected_TW = _trainer_logits(source, ids_BT, kind, options)
     if kind == "rows":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from wake2vec import identity
+from wake2vec.base import default_device
 from wake2vec.config import Recipe
 from wake2vec.plan import Work, estimate
 from wake2vec.planner import choose_plan, free_memory, leanest
@@ -27,7 +28,7 @@ def outlook(recipe: Recipe, limit_bytes: int | None, say: Callable[[str], None])
     """
     inputs = identity.read_inputs(recipe, None, say)
     work = plan_work(recipe, inputs)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     on_gpu = device.type == "cuda" or limit_bytes is not None
     limit = free_memory(device) if limit_bytes is None else limit_bytes
     plan = choose_plan(work, limit, on_gpu=on_gpu, fused=on_gpu and not recipe.train.exact)

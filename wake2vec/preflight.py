@@ -3,10 +3,8 @@
 import shutil
 from pathlib import Path
 
-import torch
-
 from wake2vec import hub, quantized
-from wake2vec.base import BaseId, load_config
+from wake2vec.base import BaseId, default_device, load_config
 from wake2vec.config import Recipe
 from wake2vec.errors import WakeError
 from wake2vec.machine import machine
@@ -60,8 +58,7 @@ def _is_kept(recipe: Recipe, base: BaseId) -> bool:
     """Say whether the body was quantised and kept before: then the weights are not read again."""
     if recipe.model.quantization != "nf4":
         return False
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return quantized.Source.of(base.commit, recipe.model.compute_dtype, device).is_kept()
+    return quantized.Source.of(base.commit, recipe.model.compute_dtype, default_device()).is_kept()
 
 
 def _memory(work: Work) -> str | None:

@@ -64,7 +64,7 @@ class Sampler:
     def __init__(self, run: RunDir, say: Callable[[str], None]) -> None:
         source = read_source(run, say)
         recipe = source.record["identity"]["recipe"]["model"]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = base.default_device()
         self._base = base.load(
             source.base,
             source.words.first_new_id,
