@@ -111,6 +111,20 @@ def read_source(run: RunDir, say: Say) -> Source:
     return Source(run, record, step, found, folder, words, sentry.row_tables(path), _table_names(found))
 
 
+def load_base(source: Source) -> base.FrozenBase:
+    """Load the base model as the run has it, under its quantisation and type; in evaluation mode."""
+    recipe = source.record["identity"]["recipe"]["model"]
+    frozen = base.load(
+        source.base,
+        source.words.first_new_id,
+        quantization=recipe["quantization"],
+        compute_dtype=recipe["compute_dtype"],
+        device=base.default_device(),
+    )
+    frozen.causal_lm.eval()
+    return frozen
+
+
 def _words(run: RunDir) -> list[str]:
     try:
         kept = sentry.read(run.reference / "base.safetensors")
@@ -222,14 +236,13 @@ def _write_configs(source: Source, folder: Path, num_rows: int) -> None:
 def _check_logits(source: Source, folder: Path, kind: str) -> str:
     """Compare the export's logits with the trainer's, under the run's own quantisation and type."""
     recipe = source.record["identity"]["recipe"]["model"]
-    options: dict[str, Any] = {"quantization": recipe["quantization"], "compute_dtype": recipe["compute_dtype"]}
     device = base.default_device()
     ids_BT = torch.linspace(0, source.vocab_size - 1, _CHECKED_TOKENS, device=device).long().unsqueeze(0)
-    expected_TW = _trainer_logits(source, ids_BT, kind, options)
+    expected_TW = _trainer_logits(source, ids_BT, kind)
     if kind == "rows":
-        found_TW = _adapter_logits(source, folder, ids_BT, options)
+        found_TW = _adapter_logits(source, folder, ids_BT)
     else:
-        causal_lm = base.load_folder(folder, folder.name, device=device, **options)
+        causal_lm = base.load_folder(folder, folder.name, recipe["quantization"], recipe["compute_dtype"], device)
         found_TW = causal_lm.eval()(input_ids=ids_BT, use_cache=False).logits[0].float()
         if found_TW.shape[1] > source.vocab_size:
             over = found_TW[:, source.vocab_size :].amax(1) > found_TW[:, : source.vocab_size].amax(1)
@@ -246,12 +259,11 @@ def _check_logits(source: Source, folder: Path, kind: str) -> str:
     return f"largest difference {difference:.1e} of the largest logit"
 
 
-def _trainer_logits(source: Source, ids_BT: Tensor, kind: str, options: dict[str, Any]) -> Tensor:
+def _trainer_logits(source: Source, ids_BT: Tensor, kind: str) -> Tensor:
     """Return the trainer's logits, its rows rounded to the type that the export keeps them in."""
     from wake2vec.overlay import WakeOverlay
 
-    frozen = base.load(source.base, source.words.first_new_id, device=ids_BT.device, **options)
-    frozen.causal_lm.eval()
+    frozen = load_base(source)
     rows = {name: table[0 : table.shape[0]] for name, table in source.rows.items()}
     if kind == "model":
         stored = {name: _stored_dtype(source, name) for name in rows}
@@ -271,10 +283,10 @@ def _stored_dtype(source: Source, name: str) -> torch.dtype:
     raise AssertionError(name)
 
 
-def _adapter_logits(source: Source, folder: Path, ids_BT: Tensor, options: dict[str, Any]) -> Tensor:
+def _adapter_logits(source: Source, folder: Path, ids_BT: Tensor) -> Tensor:
     from peft import PeftModel
 
-    frozen = base.load(source.base, source.words.first_new_id, device=ids_BT.device, **options)
+    frozen = load_base(source)
     frozen.causal_lm.resize_token_embeddings(source.vocab_size, mean_resizing=False)
     model = PeftModel.from_pretrained(frozen.causal_lm, str(folder)).eval()
     found_TW: Tensor = model(input_ids=ids_BT, use_cache=False).logits[0].float()

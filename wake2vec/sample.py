@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wake2vec import base, tokens
+from wake2vec import tokens
 from wake2vec.errors import WakeError
-from wake2vec.export import read_source
+from wake2vec.export import load_base, read_source
 from wake2vec.loss import logits
 from wake2vec.overlay import WakeOverlay
 from wake2vec.rundir import RunDir
@@ -63,17 +63,8 @@ class Sampler:
 
     def __init__(self, run: RunDir, say: Callable[[str], None]) -> None:
         source = read_source(run, say)
-        recipe = source.record["identity"]["recipe"]["model"]
-        device = base.default_device()
-        self._base = base.load(
-            source.base,
-            source.words.first_new_id,
-            quantization=recipe["quantization"],
-            compute_dtype=recipe["compute_dtype"],
-            device=device,
-        )
-        self._base.causal_lm.eval()
-        rows = {name: table[0 : table.shape[0]].to(device) for name, table in source.rows.items()}
+        self._base = load_base(source)
+        rows = {name: table[0 : table.shape[0]].to(self._base.device) for name, table in source.rows.items()}
         self._head_rows = rows["input" if source.tied else "head"]
         self._overlay = WakeOverlay(self._base.table_VD, torch.nn.Parameter(rows["input"]), source.words.first_new_id)
         self._tokenizer = source.words.tokenizer
