@@ -114,6 +114,14 @@ def load_config(base: BaseId) -> Any:
         ) from None
 
 
+def on_meta(config: Any) -> Any:
+    """Return the transformers model of a configuration without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+
+
 @dataclass(frozen=True)
 class FrozenBase:
     """A loaded base model; nothing in it is ever trained.

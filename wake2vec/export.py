@@ -139,10 +139,7 @@ def _words(run: RunDir) -> list[str]:
 
 def _table_names(found: base.BaseId) -> dict[str, str]:
     """Return the names of the two tables' weights; no weights are loaded."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base.load_config(found))
+    model = base.on_meta(base.load_config(found))
     modules = {id(module): name for name, module in model.named_modules()}
     return {
         "input": modules[id(model.get_input_embeddings())] + ".weight",

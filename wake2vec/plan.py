@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from wake2vec.base import EAGER_ATTENTION
+from wake2vec.base import EAGER_ATTENTION, on_meta
 from wake2vec.errors import WakeError
 
 Activations = Literal["kept", "recomputed", "offloaded"]
@@ -123,7 +123,7 @@ def read_work(
     Raises:
         WakeError: its decoder is built otherwise than those that can be planned for.
     """
-    model = _on_meta(config)
+    model = on_meta(config)
     element_bytes = getattr(torch, compute_dtype).itemsize
     packed = quantization == "nf4"
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -163,14 +163,6 @@ def read_work(
         seq_len=seq_len,
         optimizer=optimizer,
     )
-
-
-def _on_meta(config: Any) -> Any:
-    """Return the model without weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
 
 
 def _packed_bytes(params: int) -> int:
