@@ -27,8 +27,6 @@ _MULTIPLE = 64
 _SMALL_BYTES = 2 << 30
 """Base models up to this size are loaded and their logits compared."""
 _CHECKED_TOKENS = 48
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 Say = Callable[[str], None]
 
 
@@ -174,7 +172,12 @@ def _write_rows(source: Source, folder: Path) -> dict[str, dict[str, str]]:
 
 def _write_model(source: Source, folder: Path, say: Say) -> dict[str, dict[str, str]]:
     num_rows = -(-source.vocab_size // _MULTIPLE) * _MULTIPLE
-    files = _weight_files(source)
+    if not any((source.folder / name).exists() for name in (hub.WEIGHTS, hub.WEIGHTS_INDEX)):
+        raise WakeError(
+            f"base model {source.base.name}: has no {hub.WEIGHTS} and no {hub.WEIGHTS_INDEX}; it needs safetensors "
+            "weights"
+        )
+    files = hub.weight_files(source.folder)
     digests: dict[str, dict[str, str]] = {}
     where: dict[str, str] = {}
     for number, file in enumerate(files, start=1):
@@ -195,18 +198,9 @@ def _write_model(source: Source, folder: Path, say: Say) -> dict[str, dict[str, 
         raise WakeError(f"base model {source.base.name}: {', '.join(missing)} is not in its files; use another model")
     if len(files) > 1:
         size = sum((folder / file).stat().st_size for file in files)
-        write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        write_json(folder / hub.WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": where})
     _write_configs(source, folder, num_rows)
     return digests
-
-
-def _weight_files(source: Source) -> list[str]:
-    index = source.folder / _INDEX
-    if index.exists():
-        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    if (source.folder / _WEIGHTS).exists():
-        return [_WEIGHTS]
-    raise WakeError(f"base model {source.base.name}: has no {_WEIGHTS} and no {_INDEX}; it needs safetensors weights")
 
 
 def _check_untouched(original: Path, written: dict[str, str], tables: set[str]) -> None:
@@ -273,7 +267,7 @@ def _trainer_logits(source: Source, ids_BT: Tensor, kind: str) -> Tensor:
 
 
 def _stored_dtype(source: Source, name: str) -> torch.dtype:
-    for file in _weight_files(source):
+    for file in hub.weight_files(source.folder):
         tables = open_tables(source.folder / file)
         if source.names[name] in tables:
             return tables[source.names[name]][0:0].dtype

@@ -17,6 +17,7 @@ from wake2vec.errors import WakeError
 _SMALL_FILES = ("*.json", "*.model", "*.txt")
 MODEL_FILES = (*_SMALL_FILES, "model*.safetensors")
 """What a base model is loaded from. Some repositories hold the weights a second time under other names."""
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAY_EVERY_S = 30.0
 
 
@@ -154,9 +155,10 @@ def download(name: str, commit: str, say: Callable[[str], None]) -> Path:
             return snapshot_download(name, revision=commit, allow_patterns=list(MODEL_FILES), local_files_only=local)
 
         folder = _again_while_it_grows(lambda: _or_from_cache(fetch), _blobs(name), say)
-    if missing := _missing_weights(folder):
+    # offline the client takes what there is for whole
+    if missing := [file for file in weight_files(folder) if not (folder / file).is_file()]:
         raise WakeError(
-            f"base model {name}: {missing} is neither in the cache nor to be had; connect, or use a model with "
+            f"base model {name}: {missing[0]} is neither in the cache nor to be had; connect, or use a model with "
             "safetensors weights"
         )
     return folder
@@ -178,11 +180,10 @@ def _blobs(name: str) -> Path:
     return cache_folder() / f"models--{name.replace('/', '--')}" / "blobs"
 
 
-def _missing_weights(folder: Path) -> str | None:
-    """Name a file of weights that is not in a snapshot's folder: offline the client takes what there is for whole."""
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return next((name for name in sorted(names) if not (folder / name).is_file()), None)
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of a model's files of weights, whether they are in its folder or not."""
+    index = folder / WEIGHTS_INDEX
+    return sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.is_file() else [WEIGHTS]
 
 
 @contextlib.contextmanager

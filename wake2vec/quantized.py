@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wake2vec import hub
 from wake2vec.errors import WakeError
 from wake2vec.rundir import alone, built, cache_folder, make_folder, read_json, write_file, write_json
 from wake2vec.sentry import DamagedError
@@ -41,7 +42,7 @@ NF4 = {
 }
 """How a body is quantised here, in the words of a config.json; the compute dtype is the recipe's."""
 _SHARD_BYTES = 10**9
-_MANIFEST, _INDEX = "manifest.json", "model.safetensors.index.json"
+_MANIFEST = "manifest.json"
 
 
 def is_quantized(config: Any, name: str, quantization: str) -> bool:
@@ -215,7 +216,7 @@ def _write(source: Source, tensors: Mapping[str, Tensor], config_file: Path) -> 
             _sync(building / file)
             shards[file] = names
         index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}
-        write_file(building / _INDEX, [json.dumps(index).encode()])
+        write_file(building / hub.WEIGHTS_INDEX, [json.dumps(index).encode()])
         config = {
             **json.loads(config_file.read_bytes()),
             "quantization_config": {**NF4, "bnb_4bit_compute_dtype": source.compute_dtype},
