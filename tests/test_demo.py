@@ -175,7 +175,7 @@ def test_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_build_left_is_not_used(folder: Path, tmp_path: Path) -> None:
-    left = tmp_path / "demo.building" / "base"
+    left = tmp_path / ".demo.building" / "base"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_text("half")
     (left / "strange.json").write_text("half")

@@ -20,11 +20,11 @@ LAYERS = {
     3: {
         *("model", "plan", "evaluate", "sentry", "sentry_writer", "metrics", "environment", "base", "seed_format"),
         *("machine", "demo", "identity", "keeping", "hub", "preflight", "kernels", "planner", "quantized"),
-        *("reference",),
+        *("reference", "blocks"),
     },
     2: {
         *("tokens", "lexicon", "rows", "overlay", "data", "loss", "optimizer", "schedule", "checkpointing"),
-        *("analysis", "distinct", "shards"),
+        *("analysis", "distinct", "shards", "packed"),
     },
     1: {"config", "rundir", "scribe", "signals", "tables", "record"},
     0: {"errors"},

@@ -271,7 +271,7 @@ def test_other_process_keeps_it(plain_folder: Path, cache: Path) -> None:
 
 def test_what_a_killed_process_left_is_removed(plain_folder: Path) -> None:
     folder = quantized.Source.of(known(plain_folder).commit, "bfloat16", CPU).folder
-    left = folder.with_name(f"{folder.name}.building")
+    left = folder.with_name(f".{folder.name}.building")
     left.mkdir(parents=True)
     (left / "model-00009.safetensors").write_bytes(b"half")
     load(known(plain_folder))

@@ -131,6 +131,8 @@ def test_every_restored_part_matters(
 
     def without_part(path: Path) -> sentry.Sentry:
         found = plain(path)
+        if path.parent.name != "sentries":
+            return found
         for name, tensor in found.tensors.items():
             if name.startswith(part):
                 tensor.zero_()

@@ -99,10 +99,8 @@ def test_slow_bfloat16_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_quantisation_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bitsandbytes.functional
-
-    right = bitsandbytes.functional.dequantize_4bit
-    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *args: right(*args).roll(1))
+    right = smoke.dequantize_4bit
+    monkeypatch.setattr(smoke, "dequantize_4bit", lambda *args: right(*args).roll(1))
     with pytest.raises(WakeError, match="NF4: its mean error on normal numbers is 1"):
         smoke.check_nf4(CPU)
 

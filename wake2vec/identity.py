@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from wake2vec import demo, tokens
+from wake2vec import blocks, demo
 from wake2vec.base import BaseId, identify, load_tokenizer
 from wake2vec.config import Recipe
-from wake2vec.data import Blocks, join_blocks, make_blocks, read_text, split_text
+from wake2vec.data import Blocks, join_blocks, read_text, split_text
 from wake2vec.environment import StackReport, check_same_stack
 from wake2vec.errors import WakeError
 from wake2vec.lexicon import read_words
@@ -27,6 +27,8 @@ class Inputs:
     """Everything a run reads but the base model's weights.
 
     Attributes:
+        base_vocab_size: number of tokens of the base tokenizer, which is the first new id.
+        words: the new words in the order of their ids.
         train_blocks: the text that is trained on (`num_text_blocks` of them), then the lexicon.
         val_blocks: the held-out text; `base_val_blocks`: the same text by the base model's own tokenizer.
         tokenizer_sha256: of the tokenizer as this stack builds it; two stacks may build it differently and still cut
@@ -35,8 +37,9 @@ class Inputs:
     """
 
     base: BaseId
-    words: tokens.WakeTokens
     base_tokenizer: Any
+    base_vocab_size: int
+    words: tuple[str, ...]
     tokenizer_sha256: str
     train_blocks: Blocks
     num_text_blocks: int
@@ -45,14 +48,9 @@ class Inputs:
     identity: dict[str, Any]
 
     @property
-    def base_vocab_size(self) -> int:
-        """Return the number of tokens of the base tokenizer, which is the first new id."""
-        return self.words.first_new_id
-
-    @property
     def num_new_tokens(self) -> int:
         """Return the number of new words."""
-        return len(self.words.words)
+        return len(self.words)
 
 
 def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) -> Inputs:
@@ -65,43 +63,46 @@ def read_inputs(recipe: Recipe, commit: str | None, say: Callable[[str], None]) 
     lexicon = read_words(Path(locate(recipe.tokens.lexicon, say)))
     base = identify(recipe.model.base, locate(recipe.model.base, say), commit)
     base_tokenizer = load_tokenizer(base)
-    words = tokens.add_words(base_tokenizer, lexicon, recipe.tokens.match)
-    tokens.check_round_trip(words.tokenizer, text, f"text {recipe.data.text}")
     split = split_text(text, recipe.train.val_fraction, recipe.train.seed)
-
-    def cut(part: str, tokenizer: Any) -> Blocks:
-        return make_blocks(*tokens.encode(tokenizer, part), recipe.data.seq_len, tokens.bos_id(tokenizer))
-
-    train_text_blocks = cut(split.train_text, words.tokenizer)
-    val_blocks = cut(split.val_text, words.tokenizer)
-    if train_text_blocks.num_scored < recipe.data.seq_len or not val_blocks.num_scored:
+    cut = blocks.cut(
+        text,
+        split,
+        lexicon,
+        base,
+        base_tokenizer,
+        match=recipe.tokens.match,
+        seq_len=recipe.data.seq_len,
+        where=f"text {recipe.data.text}",
+    )
+    if cut.train.num_scored < recipe.data.seq_len or not cut.val.num_scored:
         raise WakeError(
-            f"text {recipe.data.text}: {train_text_blocks.num_scored} tokens to train on and {val_blocks.num_scored} "
-            f"held out, less than one block of {recipe.data.seq_len}; give a longer text or a smaller data.seq_len"
+            f"text {recipe.data.text}: {cut.train.num_scored} tokens to train on and {cut.val.num_scored} held out, "
+            f"less than one block of {recipe.data.seq_len}; give a longer text or a smaller data.seq_len"
         )
-    train_blocks = join_blocks(train_text_blocks, cut("\n".join(lexicon), words.tokenizer))
+    train_blocks = join_blocks(cut.train, cut.lexicon)
     identity = {
         "recipe": recipe.model_dump(),
         "base": {"name": base.name, "commit": base.commit},
         "lexicon_sha256": _sha256("\n".join(lexicon)),
         "text_sha256": _sha256(text),
         "split": {"sha256": split.sha256, "val_chars": len(split.val_text), "train_chars": len(split.train_text)},
-        "blocks_sha256": _sha256(train_blocks.ids_KT.numpy().tobytes() + val_blocks.ids_KT.numpy().tobytes()),
+        "blocks_sha256": _sha256(train_blocks.ids_KT.numpy().tobytes() + cut.val.ids_KT.numpy().tobytes()),
         "seed": recipe.train.seed,
-        "base_vocab_size": words.first_new_id,
-        "num_new_tokens": len(words.words),
+        "base_vocab_size": cut.first_new_id,
+        "num_new_tokens": len(cut.words),
         "num_train_blocks": len(train_blocks.ids_KT),
-        "num_known_words": len(words.known),
+        "num_known_words": len(lexicon) - len(cut.words),
     }
     return Inputs(
         base=base,
-        words=words,
         base_tokenizer=base_tokenizer,
-        tokenizer_sha256=tokens.tokenizer_sha256(words.tokenizer),
+        base_vocab_size=cut.first_new_id,
+        words=cut.words,
+        tokenizer_sha256=cut.tokenizer_sha256,
         train_blocks=train_blocks,
-        num_text_blocks=len(train_text_blocks.ids_KT),
-        val_blocks=val_blocks,
-        base_val_blocks=cut(split.val_text, base_tokenizer),
+        num_text_blocks=len(cut.train.ids_KT),
+        val_blocks=cut.val,
+        base_val_blocks=cut.base_val,
         identity=identity,
     )
 

@@ -15,14 +15,12 @@ from types import MethodType
 from typing import Any
 
 import torch
-from bitsandbytes.backends.cuda.ops import _dequantize_4bit_impl
-from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise
-from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional
 
 from wake2vec.base import FrozenBase
 from wake2vec.errors import WakeError
+from wake2vec.packed import Linear4bit, dequantize_4bit, dequantize_blockwise, dequantize_into
 
 _LARGEST_DIFFERENCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 _CHECKED_TOKENS = 64
@@ -85,7 +83,7 @@ def _unpack_into(module: Any, out_OI: Tensor) -> None:
     state = module.weight.quant_state
     scales_K = dequantize_blockwise(state.absmax, state.state2).add_(state.offset) if state.nested else state.absmax
     # bitsandbytes 0.49.2 has an operator with `out`, which takes no shape for the right one: this is what it calls
-    _dequantize_4bit_impl(module.weight.data, scales_K, state.blocksize, state.quant_type, out_OI.dtype, out=out_OI)
+    dequantize_into(module.weight.data, scales_K, state.blocksize, state.quant_type, out_OI.dtype, out=out_OI)
 
 
 class _SharedBuffer:

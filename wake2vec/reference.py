@@ -79,7 +79,7 @@ class ReferenceWriter:
             pass  # or not there yet
         base, inputs = self._base, self._inputs
         tables = {"input": base.table_VD} if base.tied else {"input": base.table_VD, "head": base.head_VD}
-        tensors = {"words": encode_json(inputs.words.words), **_counts(inputs)}
+        tensors = {"words": encode_json(inputs.words), **_counts(inputs)}
         pca_rows = num_pca_rows(inputs.num_new_tokens, *base.table_VD.shape)
         for name, table_VD in tables.items():
             tensors |= {f"{name}/{key}": tensor for key, tensor in _base_statistics(table_VD, pca_rows).items()}

@@ -304,7 +304,7 @@ def _start(recipe: Recipe, inputs: Inputs, frozen: base.FrozenBase) -> dict[str,
     return start_rows(
         recipe.tokens.start,
         {"input": frozen.table_VD} if frozen.tied else {"input": frozen.table_VD, "head": frozen.head_VD},
-        subword_pieces(inputs.base_tokenizer, inputs.words.words),
+        subword_pieces(inputs.base_tokenizer, inputs.words),
         start_radius=recipe.tokens.start_radius,
         seed=recipe.train.seed,
     )

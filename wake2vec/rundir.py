@@ -180,7 +180,7 @@ def built(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         replace: remove what has the name before.
     """
-    building = folder.with_name(f"{folder.name}.building")
+    building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)  # a killed process leaves one behind
     building.mkdir()
     try:

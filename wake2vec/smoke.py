@@ -27,6 +27,7 @@ from wake2vec.doctor import Check
 from wake2vec.errors import Stopped, WakeError
 from wake2vec.machine import MENDS
 from wake2vec.metrics import Record
+from wake2vec.packed import Linear4bit, dequantize_4bit, quantize_4bit
 from wake2vec.rundir import RunDir
 from wake2vec.train import train
 
@@ -133,9 +134,6 @@ def _wait(device: torch.device) -> None:
 
 def check_nf4(device: torch.device) -> Answer:
     """Quantise a matrix as a base's are, and multiply by it."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    from bitsandbytes.nn import Linear4bit
-
     size = _matrix_size(device)
     weight_SS = _random(size, 3).to(device, torch.bfloat16)
     packed, state = quantize_4bit(weight_SS, quant_type="nf4", compress_statistics=True)
