@@ -4,10 +4,12 @@ Shapes: B batch, T tokens, D hidden size, V tokens of the base tokenizer (rows p
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,18 +183,35 @@ def load(
     source = None
     if quantization == "nf4" and not comes_quantized:
         source = quantized.Source.of(base.commit, compute_dtype, device)
-    kept = quantized.find(source, say) if source else None
-    folder = kept or _whole_folder(base, say)
-    causal_lm = load_folder(folder, base.name, quantization, compute_dtype, device)
+    load_from = functools.partial(
+        load_folder, name=base.name, quantization=quantization, compute_dtype=compute_dtype, device=device
+    )
+    kept = _load_kept(source, load_from, say) if source else None
+    folder = _whole_folder(base, say) if kept is None else None
+    causal_lm = kept if folder is None else load_from(folder)
     frozen = freeze(causal_lm, vocab_size, base.name)
     _check_head(frozen, base.name)
-    if source and not kept:
+    if source and folder:
         quantized.keep(source, causal_lm, folder / "config.json", say)
     if table_on_host and not frozen.tied:
         frozen = with_table_on_host(frozen)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the table's old place
     return frozen
+
+
+def _load_kept(source: quantized.Source, load_from: Callable[[Path], Any], say: Callable[[str], None]) -> Any:
+    """Load a kept body while its files are read against their hashes; None where there is none or they differ."""
+    if not source.folder.is_dir():
+        return None
+    with ThreadPoolExecutor(1) as beside:
+        whole = beside.submit(quantized.is_whole, source, say)
+        try:
+            causal_lm = load_from(source.folder)
+        except Exception:  # a damaged file may fail anywhere in transformers
+            if whole.result():
+                raise
+        return causal_lm if whole.result() else None
 
 
 def _whole_folder(base: BaseId, say: Callable[[str], None]) -> Path:

@@ -110,18 +110,15 @@ class Source:
         return (self.folder / _MANIFEST).is_file()
 
 
-def find(source: Source, say: Callable[[str], None]) -> Path | None:
-    """Return the folder of a kept body once every file has its sha256; a damaged one is named and removed."""
-    folder = source.folder
-    if not folder.is_dir():
-        return None
+def is_whole(source: Source, say: Callable[[str], None]) -> bool:
+    """Say whether every file of a kept body has its sha256; a damaged one is named and removed."""
     try:
-        _verify(folder, source)
+        _verify(source.folder, source)
     except DamagedError as error:
-        say(f"quantised body {folder} is damaged: {error}; making it again")
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    return folder
+        say(f"quantised body {source.folder} is damaged: {error}; making it again")
+        shutil.rmtree(source.folder, ignore_errors=True)
+        return False
+    return True
 
 
 def _verify(folder: Path, source: Source) -> None:

@@ -163,13 +163,7 @@ def resume(
     preflight.check(recipe, run, inputs.base, work)
     found = _newest(run, record, work, console.say) if record is not None else None
     saved = saved_plan(found.header["plan"]) if found else None
-    plan = options.plan or choose_plan(
-        work,
-        free_memory(device),
-        on_gpu=device.type == "cuda",
-        fused=_fuses(recipe, device, console.say),
-        saved=None if options.replan else saved,
-    )
+    plan = options.plan or _plan(recipe, work, device, None if options.replan else saved, console.say)
     frozen = _load_base(recipe, inputs, device, plan, console.say)
     if record is None:
         record = identity.begin_record(run, inputs, stack, __version__)
@@ -183,13 +177,8 @@ def resume(
     if found:
         optimizer.load_state_tensors(_named(found.tensors, "optimizer/"), found.header["optimizer_step"])
     metrics = MetricsLog(run, step, console.say)
-    writer = SentryWriter(
-        run,
-        keep_last=recipe.run.keep_last,
-        keep_every=recipe.run.keep_every,
-        before=metrics.sync,
-        say=console.say,
-    )
+    keeps = {"keep_last": recipe.run.keep_last, "keep_every": recipe.run.keep_every}
+    writer = SentryWriter(run, **keeps, before=metrics.sync, say=console.say)
     writer.saved_step = step if found else None
     console.say(
         f"{'continuing after' if found else 'starting at'} step {step} of {recipe.train.max_steps}: "
@@ -202,33 +191,25 @@ def resume(
     reference.write_base()
     window = LossWindow(**found.header["window"]) if found else LossWindow()
     training = Training(
-        run,
-        recipe,
-        inputs,
-        record,
-        model,
-        optimizer,
-        plan,
-        work,
-        metrics,
-        writer,
-        reference,
-        console,
-        step=step,
-        window=window,
+        run, recipe, inputs, record, model, optimizer, plan, work, metrics, writer, reference, console, step, window
     )
     writer.reserve(training.tensors())
     return training
 
 
 def _device(recipe: Recipe, options: Options) -> torch.device:
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = base.default_device()
     if recipe.train.exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if options.gpu_memory_bytes is not None and device.type == "cuda":
         limit_memory(device, options.gpu_memory_bytes)
     return device
+
+
+def _plan(recipe: Recipe, work: Work, device: torch.device, saved: Plan | None, say: Callable[[str], None]) -> Plan:
+    on_gpu = device.type == "cuda"
+    return choose_plan(work, free_memory(device), on_gpu=on_gpu, fused=_fuses(recipe, device, say), saved=saved)
 
 
 def _fuses(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> bool:
