@@ -105,7 +105,11 @@ def known(folder: Path) -> base.BaseId:
 def load(folder: Path, table_on_host: bool) -> base.FrozenBase:
     """Load as `train` does."""
     settings = {"quantization": "nf4", "compute_dtype": "bfloat16", "device": CUDA}
-    return base.load(known(folder), VOCAB_SIZE, **settings, table_on_host=table_on_host, say=say)
+    frozen = base.load(known(folder), VOCAB_SIZE, **settings, say=say)
+    if table_on_host:
+        frozen = base.with_table_on_host(frozen)
+        torch.cuda.empty_cache()
+    return frozen
 
 
 def say(message: str) -> None:

@@ -362,7 +362,7 @@ def test_nf4_checkpoint_contradicts_a_recipe_without_quantisation(in_nf4: Path, 
 def test_table_on_host_is_the_same_table(folder: Path) -> None:
     identity = known(folder)
     usual, _ = load(identity)
-    other, _ = load(identity, table_on_host=True)
+    other = base.with_table_on_host(load(identity)[0])
     assert base.fingerprint(other) == base.fingerprint(usual)
     assert torch.equal(other.table_VD, usual.table_VD)
     assert other.table_VD.device == CPU
@@ -385,7 +385,7 @@ def test_table_on_host_frees_the_cards_copy(plain_folder: Path) -> None:
     usual, _ = load(identity, device=device)
     whole = torch.cuda.memory_allocated() - before
     del usual
-    other, _ = load(identity, device=device, table_on_host=True)
+    other = base.with_table_on_host(load(identity, device=device)[0])
     assert torch.cuda.memory_allocated() - before <= whole - table_bytes
     assert other.table_VD.is_pinned()
     assert other.device.type == "cuda"

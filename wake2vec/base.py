@@ -165,7 +165,6 @@ def load(
     quantization: str,
     compute_dtype: str,
     device: torch.device,
-    table_on_host: bool = False,
     say: Callable[[str], None] = _say_nothing,
 ) -> FrozenBase:
     """Load a base model; a body that is quantised here is kept, and taken from there the next time.
@@ -173,7 +172,6 @@ def load(
     Args:
         vocab_size: the length of its tokenizer.
         quantization: "nf4" or "none".
-        table_on_host: keep the input table in host memory, pinned beside a GPU; a tied one is the head, and stays.
         say: is told what takes long, and when a body cannot be kept.
 
     Raises:
@@ -193,10 +191,6 @@ def load(
     _check_head(frozen, base.name)
     if source and folder:
         quantized.keep(source, causal_lm, folder / "config.json", say)
-    if table_on_host and not frozen.tied:
-        frozen = with_table_on_host(frozen)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the table's old place
     return frozen
 
 
@@ -278,7 +272,9 @@ def _no_warmup() -> Iterator[None]:
 
 
 def with_table_on_host(frozen: FrozenBase) -> FrozenBase:
-    """Return the base with its input table in host memory, pinned beside a GPU."""
+    """Return the base with its input table in host memory, pinned beside a GPU; a tied one is the head, and stays."""
+    if frozen.tied:
+        return frozen
     embedding = frozen.causal_lm.get_input_embeddings()
     host_VD = torch.empty_like(embedding.weight, device="cpu", pin_memory=embedding.weight.is_cuda)
     embedding.weight = nn.Parameter(host_VD.copy_(embedding.weight), requires_grad=False)

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
@@ -161,10 +162,22 @@ def resume(
     device = _device(recipe, options)
     work = plan_work(recipe, inputs)
     preflight.check(recipe, run, inputs.base, work)
-    found = _newest(run, record, work, console.say) if record is not None else None
+    free_bytes = free_memory(device)
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(_newest, run, record, work, console.say) if record is not None else None
+        frozen = _load_base(recipe, inputs, device, console.say)
+        found = reading.result() if reading else None
     saved = saved_plan(found.header["plan"]) if found else None
-    plan = options.plan or _plan(recipe, work, device, None if options.replan else saved, console.say)
-    frozen = _load_base(recipe, inputs, device, plan, console.say)
+    plan = options.plan or choose_plan(
+        work,
+        free_bytes,
+        on_gpu=device.type == "cuda",
+        fused=_fuses(recipe, device, console.say),
+        saved=None if options.replan else saved,
+    )
+    if plan.table_on_host:
+        frozen = base.with_table_on_host(frozen)
+        torch.cuda.empty_cache()  # the table's old place
     if record is None:
         record = identity.begin_record(run, inputs, stack, __version__)
         _sweep(run)
@@ -205,11 +218,6 @@ def _device(recipe: Recipe, options: Options) -> torch.device:
     if options.gpu_memory_bytes is not None and device.type == "cuda":
         limit_memory(device, options.gpu_memory_bytes)
     return device
-
-
-def _plan(recipe: Recipe, work: Work, device: torch.device, saved: Plan | None, say: Callable[[str], None]) -> Plan:
-    on_gpu = device.type == "cuda"
-    return choose_plan(work, free_memory(device), on_gpu=on_gpu, fused=_fuses(recipe, device, say), saved=saved)
 
 
 def _fuses(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> bool:
@@ -266,9 +274,7 @@ def note_plan(
     identity.note(run, record, {"from_step": step, "plan_before": dict(before), "plan": plan.as_json()})
 
 
-def _load_base(
-    recipe: Recipe, inputs: Inputs, device: torch.device, plan: Plan, say: Callable[[str], None]
-) -> base.FrozenBase:
+def _load_base(recipe: Recipe, inputs: Inputs, device: torch.device, say: Callable[[str], None]) -> base.FrozenBase:
     say(f"loading {inputs.base.name} ({inputs.base.commit[:19]}) on {device.type}")
     return base.load(
         inputs.base,
@@ -276,7 +282,6 @@ def _load_base(
         quantization=recipe.model.quantization,
         compute_dtype=recipe.model.compute_dtype,
         device=device,
-        table_on_host=plan.table_on_host,
         say=say,
     )
 
