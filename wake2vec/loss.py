@@ -17,12 +17,14 @@ _IGNORED = -1
 _ALIGNED_COLUMNS = 8
 # Rows of one slice of the row gradient, where a matrix product cannot add to it by itself.
 _GRAD_SLICE_ROWS = 4096
+CAST_ROWS = 8192
+"""New rows that are cast to the head's dtype at a time."""
 
 
 @torch.no_grad()
 def logits(hidden_MD: Tensor, head_VD: Tensor, rows_ND: Tensor, softcap: float | None = None) -> Tensor:
     """Return all logits, V + N columns in the hidden states' dtype: for sampling and checks, not for training."""
-    words = _Words(head_VD, rows_ND, hidden_MD.dtype, None)
+    words = _Words(head_VD, rows_ND, hidden_MD.dtype, CAST_ROWS)
     scores_MW = words.scores(hidden_MD, hidden_MD.new_empty(hidden_MD.shape[0], words.width))
     logits_MW = torch.cat([scores_MW[:, : words.num_base], scores_MW[:, words.new_at :][:, : words.num_new]], 1)
     return logits_MW if softcap is None else logits_MW.div_(softcap).tanh_().mul_(softcap)
@@ -39,7 +41,7 @@ def split_cross_entropy(
     rows_grad_ND: Tensor | None = None,
     grad_scale: Tensor | float = 1.0,
     chunk_tokens: int = 512,
-    chunk_rows: int | None = None,
+    chunk_rows: int = CAST_ROWS,
 ) -> tuple[Tensor, Tensor | None]:
     """Return nll_M in nats (0 where the target is -1) and, with `rows_grad_ND`, the gradient of the hidden states.
 
@@ -52,9 +54,9 @@ def split_cross_entropy(
     float16 such small gradients underflow, so leave it 1 there and scale in the optimizer.
 
     Memory beside the arguments and results, with W = V + N: chunk_tokens * W * 4 bytes in float32, 6 in bfloat16 or
-    float16 (2 for the logits, 4 for their exponentials), 8 in float32 with a soft-cap; and the new rows in the hidden
-    states' dtype where they have another: all N of them, cast once, or `chunk_rows` at a time (a multiple of 8, or it
-    is slow), cast again for every chunk of tokens. Nothing waits for the device.
+    float16 (2 for the logits, 4 for their exponentials), 8 in float32 with a soft-cap; and `chunk_rows` of the new rows
+    (a multiple of 8, or it is slow) in the hidden states' dtype where they have another: they are cast anew for every
+    chunk of tokens, which costs less time than a copy of all of them costs memory. Nothing waits for the device.
     """
     assert targets_M.shape == hidden_MD.shape[:1], f"{tuple(targets_M.shape)} targets, hidden {tuple(hidden_MD.shape)}"
     words = _Words(head_VD, rows_ND, hidden_MD.dtype, chunk_rows)
@@ -86,10 +88,10 @@ def split_cross_entropy(
 class _Words:
     """Both vocabularies' rows, and where their scores stand side by side: base words first, then the new ones."""
 
-    def __init__(self, head_VD: Tensor, rows_ND: Tensor, dtype: torch.dtype, chunk_rows: int | None) -> None:
+    def __init__(self, head_VD: Tensor, rows_ND: Tensor, dtype: torch.dtype, chunk_rows: int) -> None:
         assert head_VD.dtype == dtype, f"the head is {head_VD.dtype}, the hidden states are {dtype}"
         self.head_VD = head_VD
-        self.rows_ND = rows_ND.to(dtype) if chunk_rows is None else rows_ND
+        self.rows_ND = rows_ND
         self.chunk_rows = chunk_rows
         self.num_base, self.num_new = head_VD.shape[0], rows_ND.shape[0]
         self.new_at = _round_up(self.num_base)
@@ -99,7 +101,7 @@ class _Words:
         """Yield all rows, the new ones cast a slice at a time to the head's dtype, each part with its columns."""
         for rows in _aligned_slices(self.num_base, self.num_base):
             yield rows, self.head_VD[rows]
-        for rows in _aligned_slices(self.num_new, self.chunk_rows or self.num_new):
+        for rows in _aligned_slices(self.num_new, self.chunk_rows):
             columns = slice(self.new_at + rows.start, self.new_at + rows.stop)
             yield columns, self.rows_ND[rows].to(self.head_VD.dtype)
 

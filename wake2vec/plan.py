@@ -14,6 +14,7 @@ import torch
 
 from wake2vec.base import EAGER_ATTENTION, on_meta
 from wake2vec.errors import WakeError
+from wake2vec.loss import CAST_ROWS
 
 Activations = Literal["kept", "recomputed", "offloaded"]
 ACTIVATIONS: tuple[Activations, ...] = ("kept", "recomputed", "offloaded")
@@ -249,6 +250,7 @@ def _loss_bytes(plan: Plan, work: Work, tokens: int) -> int:
     words = work.vocab_size + work.num_new_tokens
     chunk = min(plan.chunk_tokens, tokens)
     scores = chunk * words * (6 if half else 8 if work.softcap else work.element_bytes)
-    rows = (work.num_new_tokens * work.element_bytes + 4 * _slice_rows(work)) * work.hidden_size if half else 0
+    cast = min(CAST_ROWS, work.num_new_tokens) * work.element_bytes
+    rows = (cast + 4 * _slice_rows(work)) * work.hidden_size if half else 0
     hidden = 2 * tokens * work.hidden_size * work.element_bytes + 2 * chunk * work.hidden_size * 4
     return scores + rows + hidden

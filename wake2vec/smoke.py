@@ -195,7 +195,7 @@ def _recipe(folder: Path) -> Recipe:
             "val_fraction": 0.02,
             "exact": True,
         },
-        "run": {"eval_every": _NUM_STEPS, "sentry_every": 100, "keep_every": 0},
+        "run": {"log_every": 1, "eval_every": _NUM_STEPS, "sentry_every": 100, "keep_every": 0},
     }
     return Recipe.model_validate(settings)
 
