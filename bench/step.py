@@ -1,6 +1,7 @@
 """Time training steps at full size with random weights on a CUDA card, side by side, no download.
 
     python bench/step.py [--steps 20] [--only floor earlier peft ours recipes]
+    python bench/step.py --draw FILE      a plot (.png beside it) of lines that were printed
 
 Each base is built straight into NF4, a layer at a time; text and words are random ids; a step is the recipe's batch.
 Prints one JSON object a measurement. `floor` is the matrix products alone; `earlier` the earlier scripts' loop; `peft`
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -409,6 +411,34 @@ def other_recipes(num_steps: int) -> None:
         free()
 
 
+def draw(path: Path) -> None:
+    """Plot seconds a step over peak memory, each loop and plan a point, from a file of printed lines."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    for said in found:
+        kind, step_s = said.get("what"), said.get("step_s")
+        if kind == "floor":
+            axis.axhline(step_s[0], color="gray", linestyle="--", linewidth=1)
+            axis.annotate("matrix products alone", (45, step_s[0]), (0, -10), textcoords="offset points", fontsize=8)
+        if step_s is None or kind not in ("earlier", "peft", "ours") or "512" in said.get("card", ""):
+            continue
+        color = {"earlier": "tab:red", "peft": "tab:orange", "ours": "tab:blue"}[kind]
+        name = said.get("card") or f"{said['micro_batch']}{', checkpointing' if said.get('checkpointing') else ''}"
+        axis.plot(said["peak_gb"], step_s[0], "o", color=color)
+        label = f"{'earlier script' if kind == 'earlier' else kind}: {name}"
+        where, slant = (said["peak_gb"], step_s[0]), 20 if kind == "ours" else 0
+        axis.annotate(label, where, (3, 5), textcoords="offset points", fontsize=8, color=color, rotation=slant)
+    axis.set(yscale="log", xlabel="peak GPU memory (GB)", ylabel="seconds a step", xlim=(8, 66), ylim=(0.15, 14))
+    axis.set_title(f"Qwen2.5-14B, 16 x 128 tokens a step, {found[0]['card']}", fontsize=10)
+    axis.grid(alpha=0.3, which="both")
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+
+
 def main() -> None:
     """Run what is asked for."""
     parts = ["floor", "earlier", "peft", "ours", "recipes"]
@@ -416,7 +446,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cards", nargs="+", help="only plans for cards whose name begins so")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--draw", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.draw:
+        draw(options.draw)
+        return
     versions = {m.__name__: m.__version__ for m in (torch, transformers, bitsandbytes)}
     say(card=torch.cuda.get_device_name(), **versions)
     if "floor" in options.only:
