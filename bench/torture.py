@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from faults.attacks import ATTACKS
 from faults.lab import Lab
 
+from wake2vec.sentry import DamagedError
+
 
 def main() -> int:
     """Carry out the attacks; return the exit code."""
@@ -55,7 +57,7 @@ def _carry_out(lab: Lab, name: str, count: int) -> bool:
     began = time.monotonic()
     try:
         said = ATTACKS[name].carry_out(lab, count)
-    except (AssertionError, OSError, ValueError, KeyError, subprocess.SubprocessError):  # on to the next one
+    except (AssertionError, OSError, EOFError, ValueError, KeyError, DamagedError, subprocess.SubprocessError):
         said = f"FAILED\n{traceback.format_exc()}"
     print(f"{name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
     return not said.startswith("FAILED")

@@ -86,6 +86,7 @@ SIGNALS = [
     ("in step", 4, signal.SIGINT),
     ("in update", 4, signal.SIGTERM),
     ("in evaluation", 5, signal.SIGINT),
+    ("in evaluation", LAST, signal.SIGTERM),
     ("in save", 4, signal.SIGTERM),
 ]
 

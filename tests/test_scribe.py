@@ -47,3 +47,19 @@ def test_failure_is_said_once_until_it_is_over() -> None:
         assert done.wait(10)
     scribe.close()
     assert said == ["x: not written (No space left on device); the run goes on and tries again"] * 2
+
+
+def test_thread_survives_a_lack_of_memory() -> None:
+    said: list[str] = []
+    written: list[str] = []
+    scribe = Scribe(said.append)
+
+    def fail() -> None:
+        raise MemoryError
+
+    scribe.put("x", fail)
+    scribe.drain()
+    scribe.put("x", lambda: written.append("x"))
+    scribe.close()
+    assert said == ["x: not written (out of host memory); the run goes on and tries again"]
+    assert written == ["x"]

@@ -149,9 +149,12 @@ def installed(path: list[str] | None = None) -> dict[str, set[str]]:
     """
     found: dict[str, set[str]] = {}
     for distribution in importlib.metadata.distributions(path=sys.path if path is None else path):
-        name = normal_name(distribution.metadata["Name"] or "?")
+        # not distribution.metadata: it would parse the whole description, for most of a start's time
+        head = (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "").partition("\n\n")[0]
+        fields = dict(re.findall(r"^(Name|Version): *(\S+)", head, re.MULTILINE))
+        name = normal_name(fields.get("Name", "?"))
         build = re.search(r"^Build: *(\S+)", distribution.read_text("WHEEL") or "", re.MULTILINE)
-        found.setdefault(name, set()).add(distribution.version + (f" (build {build[1]})" if build else ""))
+        found.setdefault(name, set()).add(fields.get("Version", "?") + (f" (build {build[1]})" if build else ""))
     found.pop("wake2vec", None)
     return found
 

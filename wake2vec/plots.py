@@ -1,5 +1,7 @@
 """The pictures of a run, as PNG bytes. No pyplot: nothing global, no window system.
 
+Every run draws them at its end: margins are fixed, as finding them takes longer than drawing, and each is drawn once.
+
 Shapes: N new words, V base tokens, D hidden size.
 """
 
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -24,7 +27,8 @@ _DOTS = 20_000
 
 def loss_curve(records: Sequence[Record], title: str) -> bytes:
     """Draw training and held-out loss in nats a token; and, below, bits a character against the base model's."""
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    figure = Figure(figsize=(8, 7))
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.08, top=0.94, hspace=0.08)
     nats, bits = figure.subplots(2, 1, sharex=True)
     for key, label, colour in (("train/loss_nats", "training", BASE), ("val/loss_nats", "held out", NEW)):
         _curve(nats, records, key, label, colour)
@@ -57,7 +61,8 @@ def _curve(axes: Axes, records: Sequence[Record], key: str, label: str, colour: 
 
 def drift_over_time(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> bytes:
     """Draw mean drift since the start in every sentry kept, cosine and L2 beside each other, with 95 % intervals."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 3.8))
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.13, top=0.9, wspace=0.24)
     for axes, key, label in zip(
         figure.subplots(1, 2), ("cosine", "l2"), ("cosine with the start", "L2 distance from the start"), strict=True
     ):
@@ -78,12 +83,12 @@ def drift_over_time(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: st
 
 def six_panels(geometry: Geometry, title: str) -> bytes:
     """Draw the embedding analysis: norms, cosines, variance, drift, norm by index, spectrum."""
-    figure = Figure(figsize=(16, 9.5), layout="constrained")
-    grid = figure.add_gridspec(2, 3)
+    figure = Figure(figsize=(16, 9.5))
+    grid = figure.add_gridspec(2, 3, left=0.04, right=0.985, bottom=0.055, top=0.92, wspace=0.16, hspace=0.2)
     _norm_panel(figure.add_subplot(grid[0, 0]), geometry)
     _cosine_panel(figure.add_subplot(grid[0, 1]), geometry)
     _variance_panel(figure.add_subplot(grid[0, 2]), geometry)
-    cells = grid[1, 0].subgridspec(1, 2)
+    cells = grid[1, 0].subgridspec(1, 2, wspace=0.3)
     _drift_panel([figure.add_subplot(cells[0, 0]), figure.add_subplot(cells[0, 1])], geometry)
     _index_panel(figure.add_subplot(grid[1, 1]), geometry)
     _spectrum_panel(figure.add_subplot(grid[1, 2]), geometry)
@@ -96,7 +101,8 @@ def _norm_panel(axes: Axes, geometry: Geometry) -> None:
     bins = analysis.histogram_edges([geometry.base_norms, geometry.new_norms], 80)
     for values, kind, colour in ((geometry.base_norms, "base", BASE), (geometry.new_norms, "new", NEW)):
         label = f"{kind}: {numbers[kind]['mean']:.4g} ± {numbers[kind]['std']:.2g}"
-        axes.hist(values.numpy(), bins.tolist(), density=True, color=colour, alpha=0.6, label=label)
+        edges = bins.tolist()
+        axes.hist(values.numpy(), edges, density=True, histtype="stepfilled", color=colour, alpha=0.6, label=label)
     effect = numbers["cohens_d"]
     axes.set_title("Norms" + ("" if effect is None else f" (Cohen's d {effect:.2f})"))
     axes.set_xlabel("L2 norm of a row")
@@ -147,7 +153,7 @@ def _drift_panel(pair: Sequence[Axes], geometry: Geometry) -> None:
             continue
         values = geometry.drift[index]
         bins = analysis.histogram_edges([values], max(10, min(60, len(values) // 10)))
-        axes.hist(values.numpy(), bins.tolist(), color=NEW, alpha=0.75)
+        axes.hist(values.numpy(), bins.tolist(), histtype="stepfilled", color=NEW, alpha=0.75)
         axes.axvline(float(values.mean()), color="black", linewidth=1)
         axes.set_title(f"Drift: mean {float(values.mean()):.4g}")
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -187,5 +193,7 @@ def _spectrum_panel(axes: Axes, geometry: Geometry) -> None:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    figure.set_dpi(_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.print_png(buffer, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return buffer.getvalue()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 class Scribe:
     """A thread that carries out writes by name; one that waits is replaced by the next of its name, never queued.
 
-    A write that fails (a full disk) is reported once, and the run goes on; whoever put it puts the next one.
+    A write that fails (a full disk, no memory) is reported once, and the run goes on; whoever put it puts the next one.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -53,9 +53,10 @@ class Scribe:
     def _carry_out(self, name: str, write: Callable[[], None]) -> None:
         try:
             write()
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             if name not in self._failing:
-                self._say(f"{name}: not written ({error.strerror}); the run goes on and tries again")
+                reason = error.strerror if isinstance(error, OSError) else "out of host memory"
+                self._say(f"{name}: not written ({reason}); the run goes on and tries again")
             self._failing.add(name)
         else:
             self._failing.discard(name)

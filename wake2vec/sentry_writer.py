@@ -97,7 +97,8 @@ class SentryWriter:
         self.save(tensors, header, snapshot=snapshot)
         self.wait()
         if self.saved_step != header["step"]:
-            raise WakeError(f"{self.problem}; the sentry of step {self.saved_step} is whole and kept")
+            kept = f"the sentry of step {self.saved_step} is whole and kept"
+            raise WakeError(f"{self.problem}; {'no sentry is there yet' if self.saved_step is None else kept}")
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         self.reserve(tensors)

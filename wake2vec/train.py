@@ -240,11 +240,13 @@ def _indices(training: Training, step: int) -> list[int]:
 def _after_step(training: Training, stop: StopSignal) -> None:
     """Evaluate and save where it is due: also after a step taken up again, where a signal may have come between."""
     run, train, step = training.recipe.run, training.recipe.train, training.step
-    if (step % run.eval_every == 0 or step == train.max_steps) and not training.metrics.has(step, "val/loss_nats"):
+    unscored = step % run.eval_every == 0 or step == train.max_steps
+    unscored = unscored and not training.metrics.has(step, "val/loss_nats")
+    if unscored:
         with stop.interruptible():
             _evaluate(training)
     snapshot = run.snapshot_every > 0 and step > 0 and step % run.snapshot_every == 0
-    if training.writer.saved_step != step:
+    if training.writer.saved_step != step or unscored:  # one saved by a stop does not know its loss yet
         kept = run.keep_every > 0 and step % run.keep_every == 0
         urgent = snapshot or kept or step in (0, train.max_steps, training.metrics.best_step())
         _save(training, urgent=urgent, snapshot=snapshot)

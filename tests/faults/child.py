@@ -1,4 +1,4 @@
-"""What runs in a forked child: the real command, after faults were prepared. The forkserver imports this once."""
+"""What runs in a forked child: the real command, after faults were prepared."""
 
 import os
 import sys
@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.models.qwen2.modeling_qwen2
-import transformers.models.qwen2.tokenization_qwen2  # noqa: F401 - all that is slow to import, once
 
-from wake2vec import cli, keeping, resume, train  # noqa: F401
+from wake2vec import cli
 
 Prepare = tuple[Callable[..., None], tuple[Any, ...]]
 """A function of a module here and its arguments, called in the child before the command."""

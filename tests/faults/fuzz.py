@@ -13,7 +13,6 @@ from faults.lab import Lab
 
 from wake2vec import cli
 
-_CONTEXT = multiprocessing.get_context("forkserver")
 _BATCH = 500
 _COMMANDS = ("train", "sentries", "fetch", "plan", "doctor", "--version", "--help", "tarin", "")
 _OPTIONS = (
@@ -81,10 +80,8 @@ def fuzz(lab: Lab, count: int) -> str:
 
 def _batch(lab: Lab, start: int, count: int) -> dict[int, int]:
     folder = lab.fresh()
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_type, args=(folder, lab.inputs, f"{lab.seed} {start}", count, theirs))
-    with lab.starting():
-        process.start()
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    lab.fork(_type, folder, lab.inputs, f"{lab.seed} {start}", count, theirs)
     theirs.close()
     assert ours.poll(600), f"batch {start} of seed {lab.seed} hangs; its input lies in {folder}"
     result = ours.recv()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from faults import hooks
-from faults.lab import DONE, STEPS, Lab, as_json, newest_step, refused
+from faults.lab import DONE, STEPS, Lab, as_json, newest_step, refused, trained
 
 from wake2vec import sentry
 from wake2vec.rundir import RunDir
@@ -79,11 +79,11 @@ def soak(lab: Lab, count: int) -> str:
     more = [word for pair in (*sets, "run.eval_every=500") for word in ("--set", pair)]
     started = lab.train(runs, *more)
     samples: list[tuple[int, int, int]] = []
-    while started.running:
+    while started.running and not trained(started):
         if (sample := _held(started.process.pid)) is not None:
             samples.append(sample)
         time.sleep(0.2)
-    done = started.wait(10)
+    done = started.wait()
     assert done.code == DONE, done
     assert newest_step(RunDir(runs / "tiny")) == count
     warm = samples[len(samples) // 3 :]

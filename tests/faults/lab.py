@@ -120,7 +120,7 @@ class Lab:
         # the server of Python 3.11 is not given sys.path
         tests = str(Path(__file__).parents[1])
         os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
-        _CONTEXT.set_forkserver_preload(["faults.child"])
+        _CONTEXT.set_forkserver_preload(["faults.preload"])
 
     def write_recipe(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> Path:
         """Write a recipe of the tiny inputs, its keys changed."""
@@ -144,16 +144,14 @@ class Lab:
         """Start `wake2vec ARGUMENTS` in a child."""
         streams = self.folder / f"streams-{next(self._names)}"
         words = [str(argument) for argument in arguments]
-        process = _CONTEXT.Process(
-            target=child.command, args=(words, streams, cwd or self.folder, environment or {}, prepare)
-        )
+        return self.fork(child.command, words, streams, cwd or self.folder, environment or {}, prepare, streams=streams)
+
+    def fork(self, call: Callable[..., None], *arguments: Any, streams: Path | None = None) -> Child:
+        """Call a function of a module here in a child."""
+        process = _CONTEXT.Process(target=call, args=arguments)
         with _PROCESSES:
             process.start()
-        return Child(process, streams)
-
-    def starting(self) -> threading.Lock:
-        """Return what is held while a process of any kind is started."""
-        return _PROCESSES
+        return Child(process, streams or self.folder / "no-streams")
 
     def run(self, *arguments: str | Path, timeout_s: float = 120, **options: Any) -> Done:
         """Run `wake2vec ARGUMENTS` to its end."""
@@ -226,13 +224,23 @@ def numbers(run: RunDir) -> list[dict[str, Any]]:
 
 
 def newest_step(run: RunDir) -> int:
-    """Return the step of the newest sentry, which must be whole: a kill or a power cut never leaves another; or -1."""
-    steps = []
-    for path, header, reason in sentry.listing(run):
-        assert header is not None, f"{path.name}: {reason}"
-        sentry.read(path)
-        steps.append(header["step"])
-    return max(steps, default=-1)
+    """Return the step of the newest sentry, which must be whole: a kill or a power cut never leaves another; or -1.
+
+    One that is gone meanwhile was removed by a run that is under way.
+    """
+    steps = [-1]
+    for path, _, _ in sentry.listing(run):
+        try:
+            steps.append(sentry.read(path).step)
+        except sentry.DamagedError as error:
+            if path.exists():
+                raise AssertionError(f"{path.name}: {error}") from None
+    return max(steps)
+
+
+def trained(child: Child) -> bool:
+    """Say whether a run has nothing left to do but its report, for which it is not held."""
+    return "rows shuffled" in child.err()
 
 
 def no_traceback(done: Done) -> None:

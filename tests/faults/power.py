@@ -1,6 +1,6 @@
 """Promise: a power cut cannot fake a complete file, nor lose an acknowledged save."""
 
-import multiprocessing
+import itertools
 import random
 import shutil
 import time
@@ -16,7 +16,7 @@ from wake2vec import sentry
 from wake2vec.rundir import RunDir
 
 KINDS = ("ext4", "xfs")
-_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTROLS = 20
 _LEAST_CONTROL = 0.8
 
 
@@ -35,10 +35,12 @@ class Cut(NamedTuple):
 
 def power_cuts(lab: Lab, count: int) -> str:
     """Cut the power under the real command, see it go on, and compare its end."""
-    losses = []
-    for kind in KINDS:
+
+    def cut_runs(kind: str) -> list[int]:
         with volume(lab.fresh(), kind) as on:
-            losses += [_cut_run(lab, on, random.Random(f"{lab.seed} {kind} {index}")) for index in range(count // 2)]
+            return [_cut_run(lab, on, random.Random(f"{lab.seed} {kind} {index}")) for index in range(count // 2)]
+
+    losses = [*itertools.chain.from_iterable(lab.each(len(KINDS), lambda index, _: cut_runs(KINDS[index])))]
     return f"{len(losses)} runs cut off and resumed, {sum(losses)} saves before the cuts, none lost"
 
 
@@ -67,33 +69,31 @@ def _last(acks: Path) -> int:
 
 def storms(lab: Lab, count: int) -> str:
     """Cut the power under back-to-back saves, the worst case; and under the same without fsync, as a control."""
-    said = []
-    for kind in KINDS:
-        with volume(lab.fresh(), kind) as on:
-            cuts = [_cut_storm(lab, on, random.Random(f"{lab.seed} {kind} {index}")) for index in range(count // 2)]
-            control = [_cut_storm(lab, on, random.Random(index), hooks.without_fsync) for index in range(20)]
-        bad = [cut for cut in cuts if cut.torn or cut.newest < cut.acknowledged]
-        assert not bad, f"{kind}: {len(bad)} of {len(cuts)} power cuts lost something: {bad}"
-        blind = sum(not cut.torn and cut.newest >= cut.acknowledged for cut in control)
-        assert blind <= (1 - _LEAST_CONTROL) * len(control), f"{kind}: the harness is blind: {control}"
-        late = sum(cut.newest < cut.late for cut in cuts)
-        said.append(
-            f"{kind}: 0 of {len(cuts)} ({late} at the cut itself; control {len(control) - blind}/{len(control)})"
-        )
-    return "; ".join(said)
+    return "; ".join(lab.each(len(KINDS), lambda index, _: _storms_on(lab, KINDS[index], count // 2)))
+
+
+def _storms_on(lab: Lab, kind: str, count: int) -> str:
+    with volume(lab.fresh(), kind) as on:
+        cuts = [_cut_storm(lab, on, random.Random(f"{lab.seed} {kind} {index}")) for index in range(count)]
+        control = [_cut_storm(lab, on, random.Random(index), hooks.without_fsync) for index in range(_CONTROLS)]
+    bad = [cut for cut in cuts if cut.torn or cut.newest < cut.acknowledged]
+    assert not bad, f"{kind}: {len(bad)} of {len(cuts)} power cuts lost something: {bad}"
+    blind = sum(not cut.torn and cut.newest >= cut.acknowledged for cut in control)
+    assert blind <= (1 - _LEAST_CONTROL) * len(control), f"{kind}: the harness is blind: {control}"
+    late = sum(cut.newest < cut.late for cut in cuts)
+    return f"{kind}: 0 of {len(cuts)} ({late} at the cut itself; control {len(control) - blind}/{len(control)})"
 
 
 def _cut_storm(lab: Lab, on: Volume, rng: random.Random, prepare: Callable[[], None] | None = None) -> Cut:
     run, acks = RunDir(on.path / f"run-{rng.random()}"), lab.fresh() / "acks"
-    process = _CONTEXT.Process(target=hooks.storm, args=(run.path, acks, prepare))
-    process.start()
-    while _last(acks) < 0 and process.exitcode is None:
+    storm = lab.fork(hooks.storm, run.path, acks, prepare)
+    while _last(acks) < 0 and storm.running:
         time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.1))
     acknowledged = _last(acks)
     on.cut()
-    process.kill()
-    process.join()
+    storm.send(KILL)
+    storm.wait()
     on.reboot()
     torn, newest = 0, -1
     for path in run.sentries.glob("sentry_step_*.safetensors"):

@@ -6,7 +6,7 @@ import sys
 import time
 
 from faults import hooks
-from faults.lab import DONE, KILL, Lab, refused
+from faults.lab import DONE, KILL, Lab, refused, trained
 from faults.volume import need
 
 from wake2vec.rundir import RunDir
@@ -78,12 +78,15 @@ def _look_on(lab: Lab) -> None:
     runs = lab.fresh()
     started = lab.train(runs, prepare=[(hooks.slow_steps, (0.02,))])
     started.wait_for("step 4: train")
+    held = 0
     while started.running:
         listed = lab.run("sentries", "tiny", "--runs", runs, "--json")
         assert listed.code == DONE, listed
         assert "damaged" not in listed.out, listed
         pruned = lab.run("sentries", "tiny", "--runs", runs, "--prune")
-        if started.running:
+        if not trained(started):
             refused(pruned, "held by process")
+            held += 1
+    assert held, "the run was over before it was looked at"
     assert started.wait().code == DONE
     lab.check_end(RunDir(runs / "tiny"))
