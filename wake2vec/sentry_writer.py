@@ -97,8 +97,12 @@ class SentryWriter:
         self.save(tensors, header, snapshot=snapshot)
         self.wait()
         if self.saved_step != header["step"]:
-            kept = f"the sentry of step {self.saved_step} is whole and kept"
-            raise WakeError(f"{self.problem}; {'no sentry is there yet' if self.saved_step is None else kept}")
+            raise WakeError(f"{self.problem}; {self.last_save()}")
+
+    def last_save(self) -> str:
+        """Wait for the save under way; return what an error says of the last one that succeeded."""
+        step = self.wait()
+        return "no sentry is there yet" if step is None else f"the sentry of step {step} is whole and kept"
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         self.reserve(tensors)

@@ -150,7 +150,7 @@ def _update(training: Training, gradient: Gradient, rate: float) -> None:
     except torch.OutOfMemoryError as error:
         raise WakeError(
             f"out of memory in the update of step {training.step + 1} ({str(error).splitlines()[0]}); free the card of "
-            f"other programs; {_last_save(training)}, and the same command goes on from it"
+            f"other programs; {training.writer.last_save()}, and the same command goes on from it"
         ) from None
 
 
@@ -159,14 +159,9 @@ def _check_finite(training: Training, step: int, loss: float, norm: float) -> No
     if math.isfinite(loss) and math.isfinite(norm):
         return
     raise WakeError(
-        f"step {step}: loss {loss}, gradient norm {norm}, blocks {_indices(training, step)}; {_last_save(training)}; "
-        "look at these blocks, or begin another run with a lower train.learning_rate"
+        f"step {step}: loss {loss}, gradient norm {norm}, blocks {_indices(training, step)}; "
+        f"{training.writer.last_save()}; look at these blocks, or begin another run with a lower train.learning_rate"
     )
-
-
-def _last_save(training: Training) -> str:
-    """Return what an error says of the last save, once it has ended."""
-    return f"the sentry of step {training.writer.wait()} is whole and kept"
 
 
 def _try_plan(training: Training) -> None:
@@ -201,7 +196,7 @@ def _step_down(training: Training) -> None:
         raise WakeError(
             f"out of memory after step {training.step}: even the leanest plan ({before / 2**30:.1f} GiB by the "
             f"estimate) did not fit; free the card of other programs (nvidia-smi shows them) or use a larger one; "
-            f"{_last_save(training)}, and the same command goes on from it"
+            f"{training.writer.last_save()}, and the same command goes on from it"
         )
     training.model.zero_grad()
     training.model.follow(leaner)
@@ -259,8 +254,8 @@ def _evaluate(training: Training) -> None:
     values = _losses(training, training.model.token_losses, training.inputs.val_blocks, words)
     if not math.isfinite(values["val/loss_nats"]):
         raise WakeError(
-            f"step {training.step}: loss {values['val/loss_nats']} on the held-out text; {_last_save(training)}; "
-            "begin another run with a lower train.learning_rate"
+            f"step {training.step}: loss {values['val/loss_nats']} on the held-out text; "
+            f"{training.writer.last_save()}; begin another run with a lower train.learning_rate"
         )
     if training.step == 0:
         base = _losses(training, training.model.base_token_losses, training.inputs.base_val_blocks)

@@ -120,6 +120,7 @@ class Lab:
         # the server of Python 3.11 is not given sys.path
         tests = str(Path(__file__).parents[1])
         os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+        os.environ["WAKE2VEC_CACHE"] = str(folder / "cache")
         _CONTEXT.set_forkserver_preload(["faults.preload"])
 
     def write_recipe(self, name: str, changes: Mapping[str, Mapping[str, Any]]) -> Path:
