@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("attacks", nargs="*", metavar="NAME[=COUNT]", help="by default all")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--folder", type=Path, help="where to work; by default the system's temporary folder")
+    parser.add_argument("--workers", type=int, default=2, help="how many trials at a time; by default 2")
     parser.add_argument("--list", action="store_true", help="print the attacks and leave")
     options = parser.parse_args()
     chosen = dict(_chosen(word) for word in options.attacks or ATTACKS)
@@ -39,7 +40,7 @@ def main() -> int:
         return 0
     failed = 0
     with tempfile.TemporaryDirectory(dir=options.folder, ignore_cleanup_errors=True) as folder:
-        lab = Lab(Path(folder) / "lab", options.seed)
+        lab = Lab(Path(folder) / "lab", options.seed, options.workers)
         print(f"seed {options.seed}", flush=True)
         for name, count in chosen.items():
             failed += not _carry_out(lab, name, count)

@@ -247,9 +247,18 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}"
-    guess = _did_you_mean(str(given), [part.strip("'") for part in problem.get("ctx", {}).get("expected", "").split()])
-    shown = repr(given) if isinstance(given, str) else str(given)
+    text = _text(given)
+    guess = _did_you_mean(text, [part.strip("'") for part in problem.get("ctx", {}).get("expected", "").split()])
+    shown = repr(given) if isinstance(given, str) else text
     return f"{key}: {message[0].lower()}{message[1:]}, not {_shown(shown)}{guess}; mend the value"
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; one too deep or too long for Python to write out, by its kind."""
+    try:
+        return str(value)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def _shown(text: str) -> str:

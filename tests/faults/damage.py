@@ -1,5 +1,6 @@
 """Promise: a damaged newest file is named and skipped, never loaded."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -52,6 +53,10 @@ def _damaged_run(lab: Lab, runs: Path, victim: Path, rng: random.Random) -> str:
         assert f"{path.name} is damaged" in done.err or path != run.sentry(before), where
         lab.check_end(run)
         return "sentry named and skipped" if "is damaged" in done.err else "older sentry, never read"
+    if path.name == "run.json":
+        taken, true = as_json(path), json.loads(content)
+        apart = [key for key in true if key != "sha256" and taken.get(key) != true[key]]
+        assert not apart, f"went on with another {apart}; {where}"
     if path.name == "metrics.jsonl":
         return _check_metrics(lab, run, done.err)
     lab.check_end(run)

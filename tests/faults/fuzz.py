@@ -70,7 +70,7 @@ _TEXTS = (
 def fuzz(lab: Lab, count: int) -> str:
     """Type nonsense: arguments, recipes, lexicons and texts, most of it nearly right."""
     seen: dict[int, int] = {}
-    with multiprocessing.pool.ThreadPool(2) as pool:
+    with multiprocessing.pool.ThreadPool(lab.workers) as pool:
         starts = range(0, count, _BATCH)
         for codes in pool.imap_unordered(lambda start: _batch(lab, start, min(_BATCH, count - start)), starts):
             for code, number in codes.items():

@@ -71,6 +71,16 @@ def slow_steps(seconds: float) -> None:
     train._gradient = gradient
 
 
+def seldom_saves() -> None:
+    """Let no save be due, as between two that are far apart: what a stop loses is not there by chance."""
+    train._save_due = lambda *_: False
+
+
+def frequent_beats() -> None:
+    """Let a heartbeat be due after every step."""
+    train._HEARTBEAT_GAP_S = 0.0
+
+
 def pause_in(name: str, seconds: float) -> None:
     """Make the first call of a function last, and say that it has been reached."""
     owner, attribute = {

@@ -132,11 +132,14 @@ _PLANTS: dict[str, Callable[[RunDir, Path], Any]] = {
 _HARMLESS = {"temporary elsewhere"}
 """Swept away before anything is written."""
 _RECIPES = {
-    "deep": "a = " + "[" * 10**6,
-    "deep tables": "a." * 10**5 + "b = 1",
+    "huge": "a = " + "[" * 10**6,
+    "deep": "a = " + "[" * 10_000,
+    "deep tables": "a." * 5000 + "b = 1",
+    "deep tables of a known key": "[train]\nmax_steps." + "a." * 5000 + "b = 1",
     "path as a name": '[model]\nbase = "../../../etc"\n[tokens]\nlexicon = "/etc/shadow"\n[data]\ntext = "/dev/zero"\n',
     "code": '__import__ = "os"\n[model]\nbase = "$(touch mark)"\n',
-    "huge number": "[train]\nmax_steps = " + "9" * 10**5,
+    "huge hexadecimal number": "[train]\nmax_steps = 0x" + "f" * 10_000,
+    "huge number": "[train]\nmax_steps = " + "9" * 10_000,
 }
 
 

@@ -34,7 +34,6 @@ CHANGES: dict[str, dict[str, Any]] = {
 """A run of about a second that is saved after every step, or every other where the last save is still under way."""
 DONE, USER, BUG, STOPPED = 0, 1, 70, 75
 _CONTEXT = multiprocessing.get_context("forkserver")
-_WORKERS = 2
 _PROCESSES = threading.Lock()
 """Held to start or poll a process: multiprocessing polls all of them whenever one starts, in any thread."""
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
@@ -111,8 +110,9 @@ class Child:
 class Lab:
     """A folder for attacks, with the inputs of a tiny run and the reference end that all of them must reach."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, workers: int = 2) -> None:
         self.folder = folder
+        self.workers = workers
         self.seed = seed
         self.inputs = make_inputs(_made(folder / "inputs"))
         self.recipe = self.write_recipe("tiny", CHANGES)
@@ -195,11 +195,11 @@ class Lab:
         tables = [of.loss_table.read_text() for of in (run, self.reference)]
         assert tables[0] == tables[1], "\n".join(tables)
 
-    def each(self, count: int, trial: Callable[[int, random.Random], Any], workers: int = _WORKERS) -> list[Any]:
+    def each(self, count: int, trial: Callable[[int, random.Random], Any]) -> list[Any]:
         """Call `trial(index, rng)` for every index, a few at a time; a failure names the index and the seed."""
 
         name = getattr(trial, "__qualname__", "")
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(self.workers) as pool:
             futures = [pool.submit(trial, i, random.Random(f"{self.seed} {name} {i}")) for i in range(count)]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for index, future in enumerate(futures):

@@ -50,7 +50,8 @@ def _stopped_run(lab: Lab, rng: random.Random) -> tuple[int, float]:
         time.sleep(rng.uniform(0, lab.seconds))
         killed.send(KILL)
         killed.wait()
-    started = lab.train(runs, prepare=[(hooks.slow_steps, (0.02,))])
+    seldom: list[Prepare] = [(hooks.seldom_saves, ())] if rng.random() < 0.5 else []
+    started = lab.train(runs, prepare=[(hooks.slow_steps, (0.02,)), *seldom])
     time.sleep(rng.uniform(0, lab.seconds + 0.3))
     before = newest_step(run)
     result = _stop(started, rng)

@@ -23,8 +23,18 @@ def surroundings(lab: Lab, count: int) -> str:
 
 
 def _clock(lab: Lab) -> None:
-    """The clock jumps by years, forwards and back, at every look."""
-    lab.train_to_end(lab.fresh(), prepare=[(hooks.jumping_clock, ())])
+    """The clock jumps by years, forwards and back, at every look; saves an hour apart stay so."""
+    jumping = (hooks.jumping_clock, ())
+    lab.train_to_end(lab.fresh(), prepare=[jumping])
+    seldom = ("run.sentry_every=1000", "run.sentry_min_gap_s=3600.0", "run.sentry_max_gap_s=3600.0")
+    saved = []
+    for clock in ([], [jumping]):
+        acks = lab.fresh() / "acks"
+        sets = [word for pair in seldom for word in ("--set", pair)]
+        done = lab.train(lab.fresh(), *sets, prepare=[(hooks.acknowledge, (acks,)), *clock]).wait()
+        assert done.code == DONE, done
+        saved.append(acks.read_text().split())
+    assert saved[0] == saved[1], f"saved after {saved[0]}, under a jumping clock after {saved[1]}"
 
 
 def _time_zones(lab: Lab) -> None:
