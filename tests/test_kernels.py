@@ -1,5 +1,8 @@
 """The frozen body's kernels: the same numbers from packed and kept weights; fused kernels within rounding."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +142,16 @@ def test_fused_kernels_that_compute_something_else_are_refused(monkeypatch: pyte
     monkeypatch.setattr(kernels, "_liger", lambda _: scale_a_norm)
     with pytest.raises(WakeError, match=r"fused kernels: a layer of qwen2 differs by 0\.\d+ from transformers' own"):
         kernels.prepare(frozen, fused=True)
+
+
+def test_bitsandbytes_is_imported_without_pip_and_compiler(tmp_path: Path) -> None:
+    pip = tmp_path / "pip"
+    pip.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+    pip.chmod(0o755)
+    program = (
+        "import os, sys, torch; before = torch.compile, os.environ['PATH']; import wake2vec.packed;"
+        "assert (torch.compile, os.environ['PATH']) == before; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    )
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, check=False).returncode == 0
+    assert not (tmp_path / "asked").exists()
