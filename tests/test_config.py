@@ -234,7 +234,11 @@ def test_toml_mistake_names_its_line(tmp_path: Path) -> None:
         (b"\x00", "not TOML"),
         pytest.param(b"x = " + b"[" * 10_000, "nested too deep", id="deep"),
         pytest.param(b"x = " + b"{a=" * 5_000, "nested too deep", id="deep tables"),
-        pytest.param(b"train.max_steps." + b"a." * 5_000 + b"b = 1", "cannot be shown", id="deep dotted key"),
+        pytest.param(
+            b"train.max_steps." + b"a." * 5_000 + b"b = 1",
+            "input should be a valid integer, not ",
+            id="deep dotted key",
+        ),
         pytest.param(b"[train]\nmax_steps = 0x" + b"f" * 9_000, "cannot be shown", id="number too long to write"),
         pytest.param(b"a." * 10_000 + b"b = 1", "has 20,005 bytes, a recipe at most 16,384", id="large"),
         pytest.param(GOOD.encode() + b"[train]\nseed = " + b"1" * 5000, "not TOML", id="long"),
