@@ -27,6 +27,7 @@ _OUT_OF_MEMORY = (
     "memory: this machine, or the limit it runs under, has no more; free some or raise the limit, then give the same "
     "command again: a run goes on from its last sentry"
 )
+_SPARE_BYTES = 1 << 26
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
 
 app = typer.Typer(
@@ -442,10 +443,19 @@ def _run() -> int:
             return _bug()
         return _fail(f"{error.filename or 'disk'}: {error.strerror}; check the disk, its space and the file's owner")
     except Exception as error:  # the one place where every exception ends
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY):
+        if (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)) or _short_of_memory():
             return _fail(_OUT_OF_MEMORY)
         return _bug()
     return DONE
+
+
+def _short_of_memory() -> bool:
+    """Say whether memory has run out, whatever a library made of that."""
+    try:
+        bytearray(_SPARE_BYTES)
+    except MemoryError:
+        return True
+    return False
 
 
 def _fail(message: str) -> int:

@@ -53,9 +53,9 @@ class Scribe:
     def _carry_out(self, name: str, write: Callable[[], None]) -> None:
         try:
             write()
-        except (OSError, MemoryError) as error:
+        except Exception as error:  # short of memory, libraries raise anything; the thread must live
             if name not in self._failing:
-                reason = error.strerror if isinstance(error, OSError) else "out of host memory"
+                reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
                 self._say(f"{name}: not written ({reason}); the run goes on and tries again")
             self._failing.add(name)
         else:

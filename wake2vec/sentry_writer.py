@@ -147,6 +147,8 @@ class SentryWriter:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             self._fail(f"sentry of step {step}: read back damaged ({error}); check the volume {self.run.path}")
+        except Exception as error:  # short of memory, libraries raise anything
+            self._fail(f"sentry of step {step}: not saved ({type(error).__name__}: {error}); free memory")
 
     def _fail(self, problem: str) -> None:
         self.problem = problem

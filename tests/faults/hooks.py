@@ -154,6 +154,21 @@ def limit_memory(more_bytes: int, step: int) -> None:
     at_step(step, limit)
 
 
+def allocate_too_much(step: int) -> None:
+    """Ask for an object that no memory is left for, at a step."""
+
+    def allocate() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 100 * 2**20, limits[1]))
+        try:
+            bytearray(400 * 2**20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+    at_step(step, allocate)
+
+
 def no_more_threads(step: int) -> None:
     """Let no further thread start, from a step on: as another user, whose limit of processes is reached."""
 

@@ -58,7 +58,7 @@ def retention(lab: Lab, count: int) -> str:
     assert done.code == DONE, done
     one = run.sentry(count).stat().st_size
     files = keep_last + count // keep_every + 1 + 1 + 2  # the first, the best; one being written, one not yet removed
-    assert most <= files * (one + 4 * _KIB), f"{most} bytes, {files} sentries of {one} bytes are the bound"
+    assert most <= files * (one + 256), f"{most} bytes, {files} sentries of {one} bytes are the bound"
     return f"{count} steps: at most {most / one:.1f} sentries in {looks} looks, the bound is {files}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from faults import hooks
-from faults.lab import DONE, KILL, STEPS, USER, Done, Lab, newest_step, no_traceback, numbers
+from faults.lab import DONE, KILL, STEPS, USER, Done, Lab, newest_step, no_traceback, numbers, refused
 
 from wake2vec import sentry
 from wake2vec.rundir import RunDir
@@ -19,9 +19,9 @@ _GROUPS = Path("/sys/fs/cgroup/memory")
 def host_memory(lab: Lab, count: int) -> str:
     """Run under limits of the address space, of processes and of a control group; then without them."""
     outcomes = lab.each(count, lambda _, rng: _limited_run(lab, rng))
-    outcomes += [_without_threads(lab), _in_group(lab)]
+    outcomes += [_for_an_object(lab), _without_threads(lab), _in_group(lab)]
     told = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
-    return f"{count + 2} limits: {told}"
+    return f"{count + 3} limits: {told}"
 
 
 def _limited_run(lab: Lab, rng: random.Random) -> str:
@@ -30,6 +30,14 @@ def _limited_run(lab: Lab, rng: random.Random) -> str:
     more, step = rng.randrange(0, 60 * _MIB), rng.choice([-1, 0, 5, 20])
     done = lab.train(runs, prepare=[(hooks.limit_memory, (more, step))]).wait()
     return _ends_well(lab, runs, done, f"{more} bytes more, from step {step}", exact=False)
+
+
+def _for_an_object(lab: Lab) -> str:
+    """Python itself gets no memory in the middle of the loop."""
+    runs = lab.fresh()
+    done = lab.train(runs, prepare=[(hooks.allocate_too_much, (7,))]).wait()
+    refused(done, "memory: this machine, or the limit it runs under, has no more")
+    return _ends_well(lab, runs, done, "an object")
 
 
 def _without_threads(lab: Lab) -> str:
