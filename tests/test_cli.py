@@ -232,6 +232,21 @@ def test_sigterm_to_the_command_is_75_and_the_same_command_goes_on(recipe: Path,
     assert f"stopped after step {step}, saved" in errors
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", ["config.load_recipe", "rundir.new_run"])
+def test_signal_outside_of_training_is_75_without_a_word(
+    where: str, number: signal.Signals, recipe: Path, tmp_path: Path
+) -> None:
+    program = (
+        f"import os, sys; from wake2vec import cli, {where.split('.')[0]};"
+        f"{where} = lambda *_: [os.kill(os.getpid(), {number.value}) for _ in range(2)];"
+        f"sys.argv = ['wake2vec', 'train', {str(recipe)!r}, '--runs', {str(tmp_path / 'runs')!r}]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_sentries_lists_verifies_converts_and_prunes(
     wake2vec: Command, recipe: Path, tmp_path: Path, capsys: Capture
 ) -> None:

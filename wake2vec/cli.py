@@ -28,6 +28,8 @@ _OUT_OF_MEMORY = (
     "command again: a run goes on from its last sentry"
 )
 _SPARE_BYTES = 1 << 26
+_INTERRUPTED = 130
+"""What Typer returns, in place of letting a KeyboardInterrupt through."""
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
 
 app = typer.Typer(
@@ -414,12 +416,22 @@ def _age(saved_unix_s: float) -> str:
 
 def main() -> NoReturn:
     """Run the command; exit 0 done, 1 the user can mend it, 2 usage, 70 a bug, 75 stopped with everything saved."""
-    sys.exit(_run())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # training has its own: this is for imports and reports
+    code = _run()
+    _ignore_signals()
+    sys.exit(code)
+
+
+def _ignore_signals() -> None:
+    """Let no signal change how a command ends that is ending."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _run() -> int:
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == _INTERRUPTED:
+            raise KeyboardInterrupt
     except click.exceptions.Exit as error:
         return int(error.exit_code)
     except click.ClickException as error:
@@ -428,8 +440,7 @@ def _run() -> int:
     except WakeError as error:
         return _fail(str(error))
     except (Stopped, KeyboardInterrupt, click.Abort):
-        for number in (signal.SIGTERM, signal.SIGINT):  # it is ending: a second one must not change how
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_signals()
         return STOPPED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
