@@ -232,6 +232,21 @@ def test_sigterm_to_the_command_is_75_and_the_same_command_goes_on(recipe: Path,
     assert f"stopped after step {step}, saved" in errors
 
 
+@pytest.mark.parametrize(("short", "code"), [(True, 1), (False, 70)])
+def test_any_error_while_memory_is_short_is_a_lack_of_memory(
+    short: bool, code: int, wake2vec: Command, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def load(*_: object) -> None:
+        raise SystemError("NULL result without an error")
+
+    monkeypatch.setattr(cli.config, "load_recipe", load)
+    monkeypatch.setattr(cli, "_SPARE_BYTES", 1 << 62 if short else 1)
+    assert wake2vec("train", "demo") == code
+    said = capsys.readouterr().err
+    assert said.startswith("wake2vec: memory: this machine") == short
+    assert ("Traceback" in said) == (not short)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("where", ["config.load_recipe", "rundir.new_run"])
 def test_signal_outside_of_training_is_75_without_a_word(

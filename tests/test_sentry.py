@@ -276,6 +276,30 @@ def test_a_full_disk_is_reported_and_the_next_save_tries_again(run: RunDir, monk
     assert writer.saved_step == 3
 
 
+@pytest.mark.parametrize("error", [MemoryError(), SystemError("NULL result without an error"), ValueError("no buffer")])
+def test_whatever_a_save_fails_with_is_reported_and_the_next_one_tries_again(
+    error: Exception, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [error]
+    plain = sentry.write
+
+    def write(*args: Any) -> None:
+        if errors:
+            raise errors.pop()
+        plain(*args)
+
+    monkeypatch.setattr(sentry_writer.sentry, "write", write)
+    said: list[str] = []
+    writer = make_writer(run, said)
+    writer.save(tensors(), header(1))
+    assert writer.wait() is None
+    assert writer.last_save() == "no sentry is there yet"
+    assert len(said) == 1
+    assert said[0].startswith("sentry of step 1: not saved (")
+    writer.save_now(tensors(), header(2))
+    assert writer.last_save() == "the sentry of step 2 is whole and kept"
+
+
 def test_a_save_that_reads_back_damaged_does_not_count(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = sentry.write
 
