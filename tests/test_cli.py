@@ -253,7 +253,8 @@ def test_signal_outside_of_training_is_75_without_a_word(
     where: str, number: signal.Signals, recipe: Path, tmp_path: Path
 ) -> None:
     program = (
-        f"import os, sys; from wake2vec import cli, {where.split('.')[0]};"
+        f"import os, signal, sys; from wake2vec import cli, {where.split('.')[0]};"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell's background jobs ignore it
         f"{where} = lambda *_: [os.kill(os.getpid(), {number.value}) for _ in range(2)];"
         f"sys.argv = ['wake2vec', 'train', {str(recipe)!r}, '--runs', {str(tmp_path / 'runs')!r}]; cli.main()"
     )
