@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -31,6 +32,7 @@ _SPARE_BYTES = 1 << 26
 _INTERRUPTED = 130
 """What Typer returns, in place of letting a KeyboardInterrupt through."""
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
+_interrupted: list[int] = []
 
 app = typer.Typer(
     help="Teach a frozen causal language model new words, reproducibly.",
@@ -416,10 +418,15 @@ def _age(saved_unix_s: float) -> str:
 
 def main() -> NoReturn:
     """Run the command; exit 0 done, 1 the user can mend it, 2 usage, 70 a bug, 75 stopped with everything saved."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # training has its own: this is for imports and reports
+    signal.signal(signal.SIGTERM, _interrupt)  # training has its own: this is for imports and reports
     code = _run()
     _ignore_signals()
     sys.exit(code)
+
+
+def _interrupt(number: int, _frame: types.FrameType | None) -> NoReturn:
+    _interrupted.append(number)
+    raise KeyboardInterrupt
 
 
 def _ignore_signals() -> None:
@@ -475,6 +482,8 @@ def _fail(message: str) -> int:
 
 
 def _bug() -> int:
+    if _interrupted:  # native code may make another error of the one raised in it
+        return STOPPED
     traceback.print_exc()
     print(
         "wake2vec: this is a bug, not your mistake; nothing saved is lost. Please report the lines above.",

@@ -39,6 +39,9 @@ class StopSignal:
         try:
             self.check()  # a signal that came in between
             yield
+        except Exception:
+            self.check()  # native code may make another error of the one raised in it
+            raise
         finally:
             self._interruptible = False
 

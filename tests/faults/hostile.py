@@ -180,18 +180,18 @@ def _poisoned_text(lab: Lab, rng: random.Random) -> None:
     recipe.write_text(lab.recipe.read_text().replace(str(lab.inputs), str(inputs)))
     runs = lab.fresh()
     done = lab.run("train", recipe, "--runs", runs)
-    refused(done, "step ", "loss nan", "whole and kept")
+    refused(done, "step ", "loss nan")
     assert "blocks [" in done.err or "held-out" in done.err, done
     run = RunDir(runs / recipe.stem)
     _kept_is_named(run, done.err)
     again = lab.run("train", recipe, "--runs", runs)
-    refused(again, "loss nan", "whole and kept")
+    refused(again, "loss nan")
 
 
 def _kept_is_named(run: RunDir, said: str) -> None:
     newest = newest_step(run)
-    named = said.split("the sentry of step ")[1].split()[0]
-    assert named == str(newest) or (named == "None" and newest == -1), f"named {named}, the newest is {newest}"
+    kept = "no sentry is there yet" if newest == -1 else f"the sentry of step {newest} is whole and kept"
+    assert kept in said, f"the newest is {newest}: {said}"
 
 
 def _poisoned_rows(lab: Lab, rng: random.Random) -> None:
@@ -207,6 +207,6 @@ def _overflow(lab: Lab) -> None:
     """A learning rate that makes the rows themselves overflow: they are never saved."""
     runs = lab.fresh()
     done = lab.train(runs, "--set", "train.learning_rate=1e38").wait()
-    refused(done, "step ", "whole and kept")
+    refused(done, "step ")
     run = RunDir(runs / "tiny")
     _kept_is_named(run, done.err)
