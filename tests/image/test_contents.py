@@ -53,7 +53,7 @@ def test_what_triton_needs_is_there_for_any_user(stack: str) -> None:
 def test_the_user_is_not_root_and_cannot_change_the_environment() -> None:
     script = "id -u; touch /opt/wake2vec/x; touch /usr/local/bin/x; true"
     said = run_image(f"wake2vec:{TF4}", "sh", "-c", script)
-    assert said.splitlines()[0] == "10001"
+    assert "10001" in said.splitlines()  # the two streams come in any order
     assert said.count("Permission denied") == 2
 
 
