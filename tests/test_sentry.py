@@ -254,16 +254,21 @@ def test_saves_use_the_memory_reserved_before_the_first_step(run: RunDir, monkey
         assert torch.equal(sentry.read(run.sentry(1)).tensors[name], tensor)
 
 
-def test_a_full_disk_is_reported_and_the_next_save_tries_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = [True]
-    plain = sentry.write
+def fail_writes(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
+    """Let the next writes of sentries fail, one with each error."""
+    left, plain = list(errors), sentry.write
 
     def write(*args: Any) -> None:
-        if full[0]:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if left:
+            raise left.pop(0)
         plain(*args)
 
     monkeypatch.setattr(sentry_writer.sentry, "write", write)
+
+
+def test_a_full_disk_is_reported_and_the_next_save_tries_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    fail_writes(monkeypatch, full, full)
     said: list[str] = []
     writer = make_writer(run, said)
     writer.save(tensors(), header(1))
@@ -271,7 +276,6 @@ def test_a_full_disk_is_reported_and_the_next_save_tries_again(run: RunDir, monk
     assert said == [f"sentry of step 1: not saved (No space left on device); free space on {run.path}"]
     with pytest.raises(WakeError, match="not saved"):
         writer.save_now(tensors(), header(2))
-    full[0] = False
     writer.save_now(tensors(), header(3))
     assert writer.saved_step == 3
 
@@ -280,15 +284,7 @@ def test_a_full_disk_is_reported_and_the_next_save_tries_again(run: RunDir, monk
 def test_whatever_a_save_fails_with_is_reported_and_the_next_one_tries_again(
     error: Exception, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    errors = [error]
-    plain = sentry.write
-
-    def write(*args: Any) -> None:
-        if errors:
-            raise errors.pop()
-        plain(*args)
-
-    monkeypatch.setattr(sentry_writer.sentry, "write", write)
+    fail_writes(monkeypatch, error)
     said: list[str] = []
     writer = make_writer(run, said)
     writer.save(tensors(), header(1))

@@ -186,6 +186,7 @@ def _poisoned_text(lab: Lab, rng: random.Random) -> None:
     _kept_is_named(run, done.err)
     again = lab.run("train", recipe, "--runs", runs)
     refused(again, "loss nan")
+    _kept_is_named(run, again.err)
 
 
 def _kept_is_named(run: RunDir, said: str) -> None:
