@@ -29,10 +29,12 @@ _OUT_OF_MEMORY = (
     "command again: a run goes on from its last sentry"
 )
 _SPARE_BYTES = 1 << 26
-_INTERRUPTED = 130
+"""Less than this to be had is a lack of memory."""
+_TYPER_INTERRUPT = 130
 """What Typer returns, in place of letting a KeyboardInterrupt through."""
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
 _interrupted: list[int] = []
+"""The signals that came outside of training."""
 
 app = typer.Typer(
     help="Teach a frozen causal language model new words, reproducibly.",
@@ -437,7 +439,7 @@ def _ignore_signals() -> None:
 
 def _run() -> int:
     try:
-        if app(standalone_mode=False) == _INTERRUPTED:
+        if app(standalone_mode=False) == _TYPER_INTERRUPT:
             raise KeyboardInterrupt
     except click.exceptions.Exit as error:
         return int(error.exit_code)

@@ -235,8 +235,8 @@ def _indices(training: Training, step: int) -> list[int]:
 def _after_step(training: Training, stop: StopSignal) -> None:
     """Evaluate and save where it is due: also after a step taken up again, where a signal may have come between."""
     run, train, step = training.recipe.run, training.recipe.train, training.step
-    unscored = step % run.eval_every == 0 or step == train.max_steps
-    unscored = unscored and not training.metrics.has(step, "val/loss_nats")
+    evaluation_due = step % run.eval_every == 0 or step == train.max_steps
+    unscored = evaluation_due and not training.metrics.has(step, "val/loss_nats")
     if unscored:
         with stop.interruptible():
             _evaluate(training)
