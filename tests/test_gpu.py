@@ -1,14 +1,17 @@
 """Whole tiny runs on a card: exact ones end to the bit alike, however they were cut and wherever things lie."""
 
 import multiprocessing
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import killing
 import pytest
 import torch
-from tiny import run_to_end
+from tiny import make_recipe, run_to_end, write_recipe
 
 from wake2vec import sentry
 from wake2vec.plan import Plan
@@ -62,3 +65,36 @@ def test_where_things_lie_changes_nothing(inputs: Path, tmp_path: Path) -> None:
     for name in ("kept", "recomputed", "offloaded", "fused", "buffer"):
         for key, tensor in found["plain"].items():
             torch.testing.assert_close(found[name][key], tensor, rtol=2e-4, atol=2e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def take_all_memory() -> list[torch.Tensor]:
+    torch.cuda.empty_cache()
+    held = []
+    for size in (2**30, 2**21):
+        try:
+            while True:
+                held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            pass
+    return held
+
+
+def test_card_that_another_program_fills_costs_a_message_and_no_run(inputs: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "tiny.toml", make_recipe(inputs, {}))
+    words = ["train", str(recipe), "--runs", str(tmp_path / "runs")]
+
+    def train() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from wake2vec.cli import main; main()", *words]
+        environment = {**os.environ, "WAKE2VEC_ALLOW_DRIFT": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    held = take_all_memory()
+    done = train()
+    held.clear()
+    torch.cuda.empty_cache()
+    assert done.returncode == 1, done.stderr
+    assert "wake2vec: out of memory on the GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "tiny" / "run.json").exists()
+    done = train()
+    assert done.returncode == 0, done.stderr

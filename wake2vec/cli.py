@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread")
+_NO_GPU_MEMORY = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_GPU_MEMORY = (
+    "out of memory on the GPU ({}); free the card of other programs (nvidia-smi shows them) or use a larger one, then "
+    "give the same command again: a run goes on from its last sentry"
+)
 _OUT_OF_MEMORY = (
     "memory: this machine, or the limit it runs under, has no more; free some or raise the limit, then give the same "
     "command again: a run goes on from its last sentry"
@@ -463,10 +468,16 @@ def _run() -> int:
             return _bug()
         return _fail(f"{error.filename or 'disk'}: {error.strerror}; check the disk, its space and the file's owner")
     except Exception as error:  # the one place where every exception ends
-        if (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)) or _short_of_memory():
+        if _has_sign(error, _NO_GPU_MEMORY):
+            return _fail(_OUT_OF_GPU_MEMORY.format(str(error).partition("\n")[0].rstrip(".")))
+        if _has_sign(error, _NO_MEMORY) or _short_of_memory():
             return _fail(_OUT_OF_MEMORY)
         return _bug()
     return DONE
+
+
+def _has_sign(error: Exception, signs: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _short_of_memory() -> bool:

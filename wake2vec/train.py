@@ -150,7 +150,7 @@ def _update(training: Training, gradient: Gradient, rate: float) -> None:
     except torch.OutOfMemoryError as error:
         raise WakeError(
             f"out of memory in the update of step {training.step + 1} ({str(error).splitlines()[0]}); free the card of "
-            f"other programs; {training.writer.last_save()}, and the same command goes on from it"
+            f"other programs; {training.writer.last_save()}; then give the same command again"
         ) from None
 
 
@@ -196,7 +196,7 @@ def _step_down(training: Training) -> None:
         raise WakeError(
             f"out of memory after step {training.step}: even the leanest plan ({before / 2**30:.1f} GiB by the "
             f"estimate) did not fit; free the card of other programs (nvidia-smi shows them) or use a larger one; "
-            f"{training.writer.last_save()}, and the same command goes on from it"
+            f"{training.writer.last_save()}; then give the same command again"
         )
     training.model.zero_grad()
     training.model.follow(leaner)

@@ -4,14 +4,17 @@ import itertools
 import random
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from faults import hooks
-from faults.lab import DONE, STEPS, USER, Lab, newest_step, no_traceback
+from faults.lab import DONE, STEPS, USER, Child, Lab, newest_step, no_traceback
 from faults.volume import Volume, volume
 
 from wake2vec.rundir import RunDir
 
 _WHEN = ("in training", "in the report", "at any moment")
+_SHORTEST_S, _LONGEST_S = 3.0, 150.0
 _STEP = re.compile(r"^step (\d+): train", re.M)
 
 
@@ -63,35 +66,50 @@ def _filled_run(lab: Lab, on: Volume, rng: random.Random, when: str) -> str:
 
 
 def hanging_volume(lab: Lab, count: int) -> str:
-    """Let every write hang for seconds, again and again: the steps go on, the saves are skipped and counted."""
-    said = []
-    for kind in ("ext4", "xfs"):
+    """Let every write hang once, the longer the more runs there are, then again and again; the steps go on."""
+
+    def frozen_runs(kind: str) -> list[str]:
+        seconds = [_SHORTEST_S * (_LONGEST_S / _SHORTEST_S) ** (2 * index / count) for index in range(count // 2)]
         with volume(lab.fresh(), kind) as on:
-            said += [_frozen_run(lab, on, random.Random(f"{lab.seed} {kind} {index}")) for index in range(count // 2)]
-    return f"{count} runs: {'; '.join(said)}"
+            return [_frozen_run(lab, on, frozen_s) for frozen_s in seconds]
+
+    said = lab.each(2, lambda index, _: frozen_runs(("ext4", "xfs")[index]))
+    return f"{count} runs: {'; '.join(itertools.chain.from_iterable(said))}"
 
 
-def _frozen_run(lab: Lab, on: Volume, rng: random.Random) -> str:
-    runs = on.path / f"slow-{rng.random()}"
-    pause_s = 0.2
+def _frozen_run(lab: Lab, on: Volume, frozen_s: float) -> str:
+    """The volume hangs for so long, about half of the run, then a sixth of that at a time to the run's end."""
+    runs = on.path / f"slow-{frozen_s}"
+    pause_s = frozen_s / (STEPS / 2)
     slow = [(hooks.slow_steps, (pause_s,)), (hooks.frequent_beats, ())]
     started = lab.train(runs, "--set", "run.snapshot_every=0", prepare=slow)
     started.wait_for("step 4: train")
-    before, threads = _step(started.err()), started.threads()
-    frozen_s = rng.uniform(2.5, 3.5)
-    with on.frozen():
+    threads = started.threads()
+    with _going_on(started, pause_s), on.frozen():
         time.sleep(frozen_s)
-        during, threads_after = _step(started.err()), started.threads()
-    steps = during - before
-    assert steps >= 0.5 * frozen_s / (pause_s + 0.1), f"{steps} steps in {frozen_s:.1f} s\n{started.err()}"
+        threads_after = started.threads()
     assert threads_after <= threads + 1, f"{threads} threads, then {threads_after}"
+    with _going_on(started, pause_s):
+        while started.running and _step(started) < STEPS - 2:
+            with on.frozen():
+                time.sleep(frozen_s / 6)
+            time.sleep(0.02)
     done = started.wait()
     assert done.code == DONE, done
     skipped = re.search(r"(\d+) saves came due while one was being written: skipped", done.err)
     assert skipped is not None, done
     lab.check_end(RunDir(runs / "tiny"))
-    return f"{steps} steps in {frozen_s:.1f} s of hanging, {skipped[1]} saves skipped"
+    return f"{frozen_s:.1f} s of hanging, {skipped[1]} saves skipped"
 
 
-def _step(said: str) -> int:
-    return int((_STEP.findall(said) or ["0"])[-1])
+@contextmanager
+def _going_on(started: Child, pause_s: float) -> Iterator[None]:
+    """Check that steps were done meanwhile, at half their pace or better."""
+    before, began = _step(started), time.monotonic()
+    yield
+    steps, seconds = _step(started) - before, time.monotonic() - began
+    assert steps >= 0.5 * seconds / (pause_s + 0.1) - 1, f"{steps} steps in {seconds:.1f} s\n{started.err()}"
+
+
+def _step(started: Child) -> int:
+    return int((_STEP.findall(started.err()) or ["0"])[-1])

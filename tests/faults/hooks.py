@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wake2vec import base, cli, rundir, sentry, sentry_writer, train
+from wake2vec import base, cli, resume, rundir, sentry, sentry_writer, train
 
 
 def acknowledge(file: Path) -> None:
@@ -81,14 +81,18 @@ def frequent_beats() -> None:
     train._HEARTBEAT_GAP_S = 0.0
 
 
+_PHASES = {
+    "base.load": (base, "load"),
+    "evaluate": (train, "evaluate"),
+    "sentry.write": (sentry_writer.sentry, "write"),
+    "_show_result": (cli, "_show_result"),
+    "make_optimizer": (resume, "make_optimizer"),
+}
+
+
 def pause_in(name: str, seconds: float) -> None:
     """Make the first call of a function last, and say that it has been reached."""
-    owner, attribute = {
-        "base.load": (base, "load"),
-        "evaluate": (train, "evaluate"),
-        "sentry.write": (sentry_writer.sentry, "write"),
-        "_show_result": (cli, "_show_result"),
-    }[name]
+    owner, attribute = _PHASES[name]
     plain = getattr(owner, attribute)
     paused = iter([True])
 
@@ -167,6 +171,15 @@ def allocate_too_much(step: int) -> None:
             resource.setrlimit(resource.RLIMIT_AS, limits)
 
     at_step(step, allocate)
+
+
+def fill_gpu(name: str, error: Exception) -> None:
+    """Let a function fail as it does where other programs hold the GPU's memory."""
+
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise error
+
+    setattr(*_PHASES[name], fail)
 
 
 def no_more_threads(step: int) -> None:

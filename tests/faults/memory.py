@@ -17,11 +17,12 @@ _GROUPS = Path("/sys/fs/cgroup/memory")
 
 
 def host_memory(lab: Lab, count: int) -> str:
-    """Run under limits of the address space, of processes and of a control group; then without them."""
+    """Run under limits of the address space, of processes, of a control group and of a GPU; then without them."""
     outcomes = lab.each(count, lambda _, rng: _limited_run(lab, rng))
     outcomes += [_for_an_object(lab), _without_threads(lab), _in_group(lab)]
+    outcomes += [_on_a_full_gpu(lab, *how) for how in _FULL_GPU]
     told = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
-    return f"{count + 3} limits: {told}"
+    return f"{len(outcomes)} limits: {told}"
 
 
 def _limited_run(lab: Lab, rng: random.Random) -> str:
@@ -45,6 +46,26 @@ def _without_threads(lab: Lab) -> str:
     runs = lab.fresh()
     done = lab.train(runs, prepare=[(hooks.no_more_threads, (3,))]).wait()
     return _ends_well(lab, runs, done, "no more threads")
+
+
+_FULL_GPU = [
+    ("base.load", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14.00 MiB. GPU 0 has no more")),
+    ("make_optimizer", RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")),
+    ("evaluate", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+]
+"""What torch says where other programs hold the card's memory; on a card itself: `tests/test_gpu.py`."""
+
+
+def _on_a_full_gpu(lab: Lab, name: str, error: Exception) -> str:
+    """A run cannot begin, then not go on, because a GPU's memory is taken."""
+    runs = lab.fresh()
+    full = (hooks.fill_gpu, (name, error))
+    said = f"out of memory on the GPU ({str(error).splitlines()[0]}); free the card"
+    refused(lab.train(runs, prepare=[full]).wait(), said)
+    assert lab.train(runs, prepare=[(hooks.kill_after_step, (8,))]).wait().code == -KILL
+    done = lab.train(runs, prepare=[full]).wait()
+    refused(done, said)
+    return _ends_well(lab, runs, done, f"{name} on a full GPU")
 
 
 def _in_group(lab: Lab) -> str:

@@ -2,11 +2,12 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from faults import hooks
 from faults.lab import DONE, STEPS, Lab, newest_step, no_traceback, refused
-from faults.volume import volume
+from faults.volume import need, volume
 
 from wake2vec.rundir import RunDir
 
@@ -15,7 +16,7 @@ _STRANGER = 4242
 
 def surroundings(lab: Lab, count: int) -> str:
     """Run in every surrounding; each is a check of its own."""
-    checks = [_clock, _time_zones, _read_only, _other_user, _file_limit, _small_volume, _no_permission, _names]
+    checks = [_clock, _time_zones, _read_only, _other_user, _file_limit, _quota, _small_volume, _no_permission, _names]
     for _ in range(count):
         for check in checks:
             check(lab)
@@ -98,12 +99,50 @@ def _no_permission(lab: Lab) -> None:
 
 
 def _file_limit(lab: Lab) -> None:
-    """No file may grow beyond a limit that no sentry fits (as under a quota): the run ends with a message."""
+    """No file may grow beyond a limit that no sentry fits: the run ends with a message."""
     runs = lab.fresh()
     done = lab.train(runs, prepare=[(hooks.limit_files, (4000,))]).wait()
     refused(done, "not saved (File too large)")
     assert newest_step(RunDir(runs / "tiny")) == -1
     lab.train_to_end(runs)
+
+
+def _quota(lab: Lab) -> None:
+    """A quota that is reached in the middle of a run, which goes on; others that are too small from the start."""
+    with volume(lab.fresh(), "btrfs") as on:
+        _btrfs("quota", "enable", on.path)
+
+        def limit(size: str, runs: Path) -> None:
+            group = _btrfs("inspect-internal", "rootid", runs).strip()
+            _btrfs("qgroup", "limit", size, f"0/{group}", on.path)  # by the folder's name the quota forbids it
+
+        runs = on.path / "middle"
+        _btrfs("subvolume", "create", runs)
+        started = lab.train(runs, prepare=[(hooks.slow_steps, (0.1,))])
+        started.wait_for("step 4: train")
+        limit("64K", runs)
+        started.wait_for("not saved (Disk quota exceeded")
+        limit("none", runs)
+        done = started.wait()
+        assert done.code == DONE, done
+        lab.check_end(RunDir(runs / "tiny"))
+
+        for size in ("32K", "200K", "800K"):  # not begun, a few saves, the report
+            runs = on.path / size
+            _btrfs("subvolume", "create", runs)
+            limit(size, runs)
+            done = lab.train(runs).wait()
+            no_traceback(done)
+            assert "Disk quota exceeded" in done.err, done
+            limit("none", runs)
+            lab.train_to_end(runs)
+
+
+def _btrfs(*words: str | Path) -> str:
+    need("btrfs")
+    done = subprocess.run(["btrfs", *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    return done.stdout
 
 
 def _small_volume(lab: Lab) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN: _IOR('X', 125, __u32)
 _NO_LOG_FLUSH = 2
 _FREEZE, _THAW = 0xC0045877, 0xC0045878  # FIFREEZE, FITHAW
-_PACKAGES = {"mkfs.xfs": "xfsprogs", "mkfs.ext4": "e2fsprogs", "strace": "strace", "setquota": "quota"}
+_PACKAGES = {"mkfs.xfs": "xfsprogs", "mkfs.ext4": "e2fsprogs", "mkfs.btrfs": "btrfs-progs", "strace": "strace"}
+_SIZES_MIB = {"ext4": 32, "xfs": 300, "btrfs": 256}
 _MIB = 2**20
 _RELEASE_S = 60.0
 _numbers = itertools.count()
@@ -41,8 +42,8 @@ class Volume:
         self.path.mkdir()
         with open(self.image, "wb") as file:
             file.truncate(mib * _MIB)
-        quiet = ["-q", "-f"] if kind == "xfs" else ["-q", "-F", "-m", "0"]
-        subprocess.run([f"mkfs.{kind}", *quiet, str(self.image)], check=True)
+        quiet = ["-q", "-F", "-m", "0"] if kind == "ext4" else ["-q", "-f"]
+        subprocess.run([f"mkfs.{kind}", *quiet, str(self.image)], check=True, stdout=subprocess.DEVNULL)
         self.mount()
 
     def mount(self, *more: str) -> None:
@@ -113,7 +114,7 @@ class Volume:
 @contextmanager
 def volume(folder: Path, kind: str, mib: int = 0, options: str = "loop") -> Iterator[Volume]:
     """Make a volume for a while."""
-    made = Volume(folder, kind, mib or (300 if kind == "xfs" else 32), options)
+    made = Volume(folder, kind, mib or _SIZES_MIB[kind], options)
     try:
         yield made
     finally:
