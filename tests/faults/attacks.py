@@ -10,7 +10,7 @@ from faults.hostile import hostile_files, not_finite
 from faults.keeping import imports, prune, retention, soak
 from faults.kills import kills
 from faults.lab import Lab
-from faults.memory import host_memory
+from faults.memory import short_of_memory
 from faults.model_check import model_check
 from faults.power import power_cuts, storms
 from faults.preemption import preemption
@@ -38,7 +38,7 @@ ATTACKS = {
     "preemption": Attack(preemption, 20, 100),
     "hostile files": Attack(hostile_files, 1, 3),
     "NaN and Inf": Attack(not_finite, 1, 10),
-    "host memory": Attack(host_memory, 8, 100),
+    "memory": Attack(short_of_memory, 8, 100),
     "surroundings": Attack(surroundings, 1, 5),
     "what a user types": Attack(fuzz, 1500, 100_000),
     "imports": Attack(imports, 2, 20),

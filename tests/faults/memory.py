@@ -1,4 +1,4 @@
-"""Promise: out of host memory ends with a message and a run that continues."""
+"""Promise: out of host or GPU memory ends with a message and a run that continues."""
 
 import math
 import random
@@ -14,9 +14,11 @@ from wake2vec.rundir import RunDir
 
 _MIB = 2**20
 _GROUPS = Path("/sys/fs/cgroup/memory")
+_ABORTED = (-KILL, -signal.SIGABRT, -signal.SIGSEGV, 127)
+"""By the kernel where a group's limit is reached; by the C++ runtime, or glibc (127), that cannot even raise."""
 
 
-def host_memory(lab: Lab, count: int) -> str:
+def short_of_memory(lab: Lab, count: int) -> str:
     """Run under limits of the address space, of processes, of a control group and of a GPU; then without them."""
     outcomes = lab.each(count, lambda _, rng: _limited_run(lab, rng))
     outcomes += [_for_an_object(lab), _without_threads(lab), _in_group(lab)]
@@ -84,8 +86,7 @@ def _in_group(lab: Lab) -> str:
 
 def _ends_well(lab: Lab, runs: Path, done: Done, where: str, *, exact: bool = True) -> str:
     no_traceback(done)
-    # the C++ runtime ends a process that cannot even raise; the kernel kills one that is over its group's limit
-    assert done.code in (DONE, USER, -KILL, -signal.SIGABRT, -signal.SIGSEGV), f"{where}: {done}"
+    assert done.code in (DONE, USER, *_ABORTED), f"{where}: {done}"
     if done.code == USER:
         assert "memory" in done.err, f"{where}: {done}"
     newest_step(RunDir(runs / "tiny"))
