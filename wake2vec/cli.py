@@ -446,8 +446,6 @@ def _run() -> int:
     try:
         if app(standalone_mode=False) == _TYPER_INTERRUPT:
             raise KeyboardInterrupt
-    except click.exceptions.Exit as error:
-        return int(error.exit_code)
     except click.ClickException as error:
         error.show()
         return USAGE
