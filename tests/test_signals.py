@@ -1,6 +1,8 @@
-"""Signals: what is raised in the middle of native code may come out as another error, and is a stop all the same."""
+"""Signals: what is raised in native code may come out as another error, in a finalizer not at all; it is a stop."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +35,42 @@ def test_a_signal_elsewhere_is_remembered() -> None:
         assert stop.received == "SIGTERM"
         with pytest.raises(Stopped), stop.interruptible():
             pytest.fail("entered")
+
+
+IN_A_FINALIZER = """
+import signal, time
+from wake2vec import cli
+from wake2vec.errors import Stopped
+
+class Dropped:
+    def __init__(self, act):
+        self.act = act
+    def __del__(self):
+        self.act()
+
+def stop():
+    raise Stopped("SIGTERM")
+
+def app(**_):
+    Dropped(stop)
+    Dropped(lambda: signal.raise_signal(signal.SIGTERM))
+    time.sleep(60)
+
+cli.app = app
+cli.main()
+"""
+
+
+def test_a_signal_in_a_finalizer_is_not_lost() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_FINALIZER], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+
+
+def test_other_errors_in_a_finalizer_are_still_told() -> None:
+    code = IN_A_FINALIZER.replace("    Dropped(stop)", "    Dropped(lambda: 1 / 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 75
+    assert "ZeroDivisionError" in done.stderr
+    assert "KeyboardInterrupt" not in done.stderr

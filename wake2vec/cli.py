@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import types
@@ -37,6 +38,7 @@ _SPARE_BYTES = 1 << 26
 """Less than this to be had is a lack of memory."""
 _TYPER_INTERRUPT = 130
 """What Typer returns, in place of letting a KeyboardInterrupt through."""
+_AGAIN_S = 0.01
 DONE, USER, USAGE, BUG, STOPPED = 0, 1, 2, 70, 75
 _interrupted: list[int] = []
 """The signals that came outside of training."""
@@ -426,6 +428,7 @@ def _age(saved_unix_s: float) -> str:
 def main() -> NoReturn:
     """Run the command; exit 0 done, 1 the user can mend it, 2 usage, 70 a bug, 75 stopped with everything saved."""
     signal.signal(signal.SIGTERM, _interrupt)  # training has its own: this is for imports and reports
+    sys.unraisablehook = _interrupt_again
     code = _run()
     _ignore_signals()
     sys.exit(code)
@@ -434,6 +437,16 @@ def main() -> NoReturn:
 def _interrupt(number: int, _frame: types.FrameType | None) -> NoReturn:
     _interrupted.append(number)
     raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send a signal again that came in a finalizer or a weak reference's callback: what is raised there is dropped."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM))
+        again.daemon = True
+        again.start()
+    elif not isinstance(unraisable.exc_value, Stopped):  # that one is remembered by training
+        sys.__unraisablehook__(unraisable)
 
 
 def _ignore_signals() -> None:
