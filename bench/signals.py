@@ -38,7 +38,7 @@ TIMED = ("time/", "throughput/", "memory/")
 # when, after which line (none: after the start), seconds later, which signal; each start goes on where the last ended
 SIGNALS = [
     ("in the imports", "", 3.0, signal.SIGTERM),
-    ("while loading", "^loading", 2.0, signal.SIGTERM),
+    ("while loading", "^loading", 0.3, signal.SIGTERM),
     ("after the first step", "^step 1: train", 0.0, signal.SIGTERM),
     ("in a step", "^step 6: train", 0.1, signal.SIGTERM),
     ("in a step", "^step 9: train", 0.1, signal.SIGINT),
