@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ends
 import killing
 import pytest
-import torch
 from tiny import Quiet, make_recipe, run_to_end
 
 from wake2vec import resume as resume_module
 from wake2vec import sentry
-from wake2vec.metrics import Record, read_records
 from wake2vec.rundir import RunDir
 from wake2vec.train import train
 
@@ -23,20 +22,8 @@ CHANGES: dict[str, dict[str, Any]] = {"train": {"batch_size": 21}}
 LAST = 12
 
 
-def numbers(run: RunDir) -> list[Record]:
-    """Return every logged number but times and memory."""
-    timed = ("time/", "throughput/", "memory/")
-    return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in read_records(run.metrics)]
-
-
 def assert_same_end(run: RunDir, reference: RunDir) -> None:
-    ours, theirs = sentry.read(run.sentry(LAST)), sentry.read(reference.sentry(LAST))
-    assert ours.tensors.keys() == theirs.tensors.keys()
-    for name, tensor in theirs.tensors.items():
-        assert torch.equal(ours.tensors[name], tensor), name
-    assert {**ours.header, "identity": 0} == {**theirs.header, "identity": 0}
-    assert numbers(run) == numbers(reference)
-    assert run.loss_table.read_text() == reference.loss_table.read_text()
+    ends.assert_same_end(run, reference, LAST, same_identity=False)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +32,7 @@ def reference(inputs: Path, tmp_path_factory: pytest.TempPathFactory, in_child: 
     assert in_child(killing.run, inputs, folder, CHANGES, "never", 0) == 0
     run = RunDir(folder)
     assert json.loads(run.identity.read_text())["identity"]["num_train_blocks"] == 7 * 21
-    assert len(numbers(run)) == 4 + 4 + 1  # lines at 3 6 9 12, evaluations at 0 5 10 12, the control
+    assert len(ends.numbers(run)) == 4 + 4 + 1  # lines at 3 6 9 12, evaluations at 0 5 10 12, the control
     return run
 
 

@@ -442,9 +442,7 @@ def _interrupt(number: int, _frame: types.FrameType | None) -> NoReturn:
 def _interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
     """Send a signal again that came in a finalizer or a weak reference's callback: what is raised there is dropped."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM))
-        again.daemon = True
-        again.start()
+        threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
     elif not isinstance(unraisable.exc_value, Stopped):  # that one is remembered by training
         sys.__unraisablehook__(unraisable)
 

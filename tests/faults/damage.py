@@ -5,8 +5,9 @@ import random
 import shutil
 from pathlib import Path
 
+from ends import numbers
 from faults import hooks
-from faults.lab import DONE, KILL, STEPS, USER, Lab, as_json, newest_step, no_traceback, numbers
+from faults.lab import DONE, KILL, STEPS, USER, Lab, as_json, newest_step, no_traceback
 
 from wake2vec import sentry
 from wake2vec.rundir import RunDir

@@ -18,12 +18,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import torch
+from ends import assert_same_end
 from faults import child
 from tiny import make_inputs, make_recipe, write_recipe
 
 from wake2vec import sentry
-from wake2vec.metrics import read_records
 from wake2vec.rundir import RunDir
 
 STEPS = 30
@@ -184,16 +183,7 @@ class Lab:
 
     def check_end(self, run: RunDir) -> None:
         """Compare a run's end with the reference's: rows, optimizer, header and every logged number, to the bit."""
-        ours, theirs = sentry.read(run.sentry(STEPS)), sentry.read(self.reference.sentry(STEPS))
-        assert ours.tensors.keys() == theirs.tensors.keys()
-        for name, tensor in theirs.tensors.items():
-            assert torch.equal(ours.tensors[name], tensor), name
-        assert ours.header == theirs.header
-        ours_said, theirs_said = numbers(run), numbers(self.reference)
-        apart = [record for record in ours_said + theirs_said if (record in ours_said) != (record in theirs_said)]
-        assert ours_said == theirs_said, f"the numbers differ from the reference's: {apart}"
-        tables = [of.loss_table.read_text() for of in (run, self.reference)]
-        assert tables[0] == tables[1], "\n".join(tables)
+        assert_same_end(run, self.reference, STEPS)
 
     def each(self, count: int, trial: Callable[[int, random.Random], Any]) -> list[Any]:
         """Call `trial(index, rng)` for every index, a few at a time; a failure names the index and the seed."""
@@ -216,12 +206,6 @@ class Lab:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
-
-
-def numbers(run: RunDir) -> list[dict[str, Any]]:
-    """Return every logged number but times and memory."""
-    timed = ("time/", "throughput/", "memory/")
-    return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in read_records(run.metrics)]
 
 
 def newest_step(run: RunDir) -> int:

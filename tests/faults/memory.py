@@ -6,8 +6,9 @@ import signal
 from pathlib import Path
 
 import torch
+from ends import numbers
 from faults import hooks
-from faults.lab import DONE, KILL, STEPS, USER, Done, Lab, newest_step, no_traceback, numbers, refused
+from faults.lab import DONE, KILL, STEPS, USER, Done, Lab, newest_step, no_traceback, refused
 
 from wake2vec import sentry
 from wake2vec.rundir import RunDir
